@@ -1,0 +1,83 @@
+# Every target sets up what it needs; `make` alone lists them.
+
+PYTHON ?= python3
+RECIPE ?= local
+DATA ?= data/$(RECIPE)
+OUT ?= $(DATA)
+RUN ?= runs/demo
+SIZE ?= nano
+STEPS ?= 520
+ARGS ?=
+
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+PROCESSES ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
+PY := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+ifeq ($(GPUS),0)
+export DS_ACCELERATOR := cpu
+endif
+export DS_BUILD_OPS := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo curate verify train eval sample report estimate test check format clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/ready  ## make .venv and install the pinned packages (again: does nothing)
+
+.venv/ready: requirements.txt requirements-gpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or newer is needed; give one with make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || { $(PYTHON) -m pip --version >/dev/null 2>&1 && $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python .venv install pip; } || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	$(PY) -m pip install --quiet --progress-bar off "$$(grep '^torch==' requirements.txt)"
+	$(PY) -m pip install --quiet --progress-bar off -r requirements.txt
+	@if [ "$(GPUS)" != 0 ] && command -v nvcc >/dev/null; then set -ex; $(PY) -m pip install --quiet setuptools wheel ninja packaging; $(PY) -m pip install --quiet --no-build-isolation -r requirements-gpu.txt; fi
+	@touch $@
+
+demo: setup  ## the main job on this machine's own text: curate, train, score, sample, report
+	$(MAKE) --no-print-directory curate
+	$(MAKE) --no-print-directory train ARGS='--steps $(STEPS) --eval-every 65 --eval-tokens 60000 --save-every 130 --keep 2 --resume $(ARGS)'
+	$(MAKE) --no-print-directory eval sample report CKPT="$$(ls -d $(RUN)/checkpoints/step_*[0-9] | tail -n 1)"
+
+curate: setup  ## text to token shards: make curate RECIPE=local OUT=data/local
+	$(PY) -m curation.pipeline --recipe $(RECIPE) --out $(OUT) $(CURATE_ARGS)
+
+verify: setup  ## check every file of a data folder: make verify DATA=data/local
+	$(PY) -m curation.shards verify $(DATA)
+
+train: setup  ## train: make train SIZE=nano DATA=data/local RUN=runs/mine ARGS='--steps 100'
+	deepspeed --quiet --num_gpus=$(PROCESSES) train/launch.py --size $(SIZE) --data $(DATA) --run $(RUN) $(ARGS)
+
+eval: setup need-CKPT  ## score a checkpoint: make eval CKPT=runs/demo/checkpoints/step_0000520
+	$(PY) -m eval.scoreboard $(CKPT) $(EVAL_ARGS)
+
+sample: setup need-CKPT  ## text from a checkpoint: make sample CKPT=...
+	$(PY) -m eval.sample $(CKPT) $(SAMPLE_ARGS)
+
+report: setup  ## one page about a run: make report RUN=runs/demo
+	$(PY) -m eval.report $(RUN)
+
+estimate: setup  ## what a size needs: make estimate SIZE=6.7B
+	$(PY) launch/estimate.py --size $(SIZE)
+
+test: setup  ## run the tests (about ten minutes on two cores)
+	$(PY) -m pytest
+
+check: setup  ## lint, types, tests
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+format: setup  ## format the code
+	$(PY) -m ruff check --fix --quiet .
+	$(PY) -m ruff format --quiet .
+
+clean:  ## delete .venv and caches; data/ and runs/ stay
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+
+.PHONY: need-CKPT
+need-CKPT:
+	@[ -n "$(CKPT)" ] || { echo "error: no checkpoint given; for example: make eval CKPT=runs/demo/checkpoints/step_0000520" >&2; exit 2; }

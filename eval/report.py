@@ -1,0 +1,314 @@
+"""One page about a run that opens anywhere without a network:
+
+    python -m eval.report runs/demo
+
+Reads config.json, metrics.jsonl, eval/*.json and the manifest of the run's data; writes runs/demo/report.html. A part
+whose files are not there is left out, and the page says which command makes them.
+"""
+
+import argparse
+import json
+import re
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jinja2
+import plotly.graph_objects as go
+import plotly.io
+from plotly.offline import get_plotlyjs
+
+from curation.shards import manifest_sha256, new_file, read_manifest
+from eval.scoreboard import verdict, with_error
+from train.run_dir import RunDir, read_json, read_metrics
+
+INK, FAINT, GRID = "#1d2733", "#a9b4c0", "#e6eaee"
+COLORS = ("#2f6fb0", "#e08a2c", "#3f9a6b", "#b5486b", "#7a63b8", "#8a6d4b", "#2aa1b3", "#6b7683")  # one a source
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
+MAX_POINTS = 2000  # of a curve; more than the page has pixels
+
+
+# ---- what the page is made of
+
+
+def build_report(path):
+    """The page, as a string, about the run folder at `path`. Raises FileNotFoundError where there is no run."""
+    run = RunDir(Path(path))
+    if not run.config.is_file():
+        raise FileNotFoundError(f"{run.path} is not a run folder: it has no config.json; give one such as runs/demo")
+    config = read_json(run.config)
+    metrics = read_metrics(run.metrics) if run.metrics.is_file() else []
+    history = [read_json(file) for file in eval_files(run, r"step_\d+\.json")]
+    samples = [read_json(file) for file in eval_files(run, r"sample_\d+\.json")]
+    manifest, data_note = read_data(config)
+    newest = (run.checkpoints() or [run.checkpoint(0)])[-1]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"short": short, "number": "{:,}".format, "with_error": with_error, "verdict": verdict}
+    return environment.get_template("report.html.jinja").render(
+        name=run.path.resolve().name,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        config=config,
+        config_parts={k: json.dumps(v, indent=2) for k, v in config.items() if isinstance(v, dict)},
+        metrics=metrics,
+        last=metrics[-1] if metrics else None,
+        scores=history[-1] if history else None,
+        sample=samples[-1] if samples else None,
+        manifest=manifest,
+        funnel=funnel_table(manifest) if manifest else None,
+        data_note=data_note,
+        checkpoint=newest,
+        figures=make_figures(manifest, metrics, history),
+        plotly_js=get_plotlyjs(),
+        font=FONT,
+    )
+
+
+def eval_files(run, pattern):
+    """Files of eval/ whose whole name matches, oldest step first; limited scores have longer names."""
+    return sorted(path for path in (run.path / "eval").glob("*.json") if re.fullmatch(pattern, path.name))
+
+
+def read_data(config):
+    """(manifest or None, a sentence where it is missing or not the one that the run was trained on)."""
+    folder = config["data"]["path"]
+    try:
+        manifest = read_manifest(folder)
+    except (FileNotFoundError, ValueError) as error:
+        return None, f"The data funnel is left out: {error}."
+    if manifest_sha256(folder) != config["data"]["manifest_sha256"]:
+        return (
+            manifest,
+            f"{folder} was made again since this run was trained on it; what follows describes it as it is now.",
+        )
+    return manifest, ""
+
+
+def funnel_table(manifest):
+    """[(label, {source: counts}, counts of all sources)], from what was read down to what is trained on."""
+    funnel = manifest["funnel"]
+    rows = [("read", {source: entry["read"] for source, entry in funnel.items()})]
+    for rule in rules_in_order(funnel):
+        rows.append((f"− {rule}", {source: entry["dropped"].get(rule) for source, entry in funnel.items()}))
+    rows += [(part, {s: entry[part] for s, entry in funnel.items()}) for part in ("kept", "heldout", "train")]
+    return [(label, by_source, add(by_source.values())) for label, by_source in rows]
+
+
+def rules_in_order(funnel):
+    """Every rule that some source went through, in the order in which the sources name them."""
+    return list(dict.fromkeys(rule for entry in funnel.values() for rule in entry["dropped"]))
+
+
+def add(counts):
+    counts = [c for c in counts if c]
+    return {key: sum(c[key] for c in counts) for key in ("documents", "tokens", "text_bytes")}
+
+
+def short(n):
+    """12_345_678 -> "12.3 M"."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.3g}"
+
+
+# ---- pictures
+
+
+def make_figures(manifest, metrics, history):
+    """{name: an HTML fragment with one picture}; a picture without its data is not in it."""
+    figures = {}
+    if manifest:
+        figures["funnel"] = funnel_figure(manifest["funnel"])
+    if metrics:
+        figures["loss"] = loss_figure(metrics)
+        figures["lr"] = curve_figure(metrics, "lr", COLORS[4])
+        figures["grad_norm"] = curve_figure(metrics, "grad_norm", COLORS[3])
+        figures["tokens_per_s"] = curve_figure(metrics, "tokens_per_s", COLORS[2])
+    if any("heldout_bits_per_byte" in row for row in metrics):
+        figures["heldout"] = heldout_figure(metrics, history)
+    if history:
+        figures["yardsticks"] = yardstick_figure(history[-1]["bits_per_byte"])
+        figures["tasks"] = tasks_figure(history[-1]["tasks"])
+    return {
+        name: plotly.io.to_html(
+            figure, include_plotlyjs=False, full_html=False, div_id=f"figure-{name}",
+            config={"displayModeBar": False, "responsive": True},
+        )
+        for name, figure in figures.items()
+    }  # fmt: skip
+
+
+def new_figure(height, x_title=None, y_title=None, **layout):
+    figure = go.Figure(
+        layout=dict(
+            height=height, margin=dict(l=8, r=8, t=8, b=8), font=dict(family=FONT, size=13, color=INK),
+            paper_bgcolor="white", plot_bgcolor="white", hoverlabel=dict(font_family=FONT), dragmode=False,
+            legend=dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom", traceorder="normal"), **layout,
+        )
+    )  # fmt: skip
+    axis = dict(gridcolor=GRID, linecolor=FAINT, zeroline=False, automargin=True)
+    figure.update_xaxes(title=x_title, **axis)
+    figure.update_yaxes(title=y_title, **axis)
+    return figure
+
+
+def thin(rows):
+    """At most MAX_POINTS of the rows, evenly spaced, the last one among them."""
+    return rows[:: -(-len(rows) // MAX_POINTS)] + rows[-1:]
+
+
+def source_colors(sources):
+    return {source: COLORS[i % len(COLORS)] for i, source in enumerate(sorted(sources))}
+
+
+def funnel_figure(funnel):
+    """What is left after each rule that dropped anything, in tokens, stacked by source."""
+    left = {source: entry["read"]["tokens"] for source, entry in funnel.items()}
+    stages = [("read", dict(left))]
+    for rule in rules_in_order(funnel):
+        lost = {source: entry["dropped"].get(rule, {"tokens": 0})["tokens"] for source, entry in funnel.items()}
+        left = {source: left[source] - lost[source] for source in left}
+        if any(lost.values()):
+            stages.append((f"after {rule}", dict(left)))
+    stages.append(("train", {source: entry["train"]["tokens"] for source, entry in funnel.items()}))
+    figure = new_figure(90 + 34 * len(stages), "tokens left", barmode="stack", bargap=0.25)
+    for source, color in source_colors(funnel).items():
+        figure.add_bar(
+            orientation="h", name=source, marker_color=color, y=[label for label, _ in stages],
+            x=[counts[source] for _, counts in stages], hovertemplate="%{y}: %{x:,} tokens",
+        )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def loss_figure(metrics):
+    """Training loss, raw and smoothed, and the held-out loss, against tokens."""
+    x = [row["tokens"] for row in metrics]
+    smooth = smoothed([row["loss"] for row in metrics])
+    rows = thin(list(zip(x, [row["loss"] for row in metrics], smooth, strict=True)))
+    x, raw, smooth = zip(*rows, strict=True)
+    heldout = [row for row in metrics if "heldout_loss" in row]
+    figure = new_figure(400, "training tokens", "nats per token", hovermode="x unified")
+    figure.add_scatter(x=x, y=raw, name="train, each step", line=dict(color="#c9d6e4", width=1))
+    figure.add_scatter(x=x, y=smooth, name="train, smoothed", line=dict(color=COLORS[0], width=2.2))
+    figure.add_scatter(
+        x=[row["tokens"] for row in heldout], y=[row["heldout_loss"] for row in heldout], name="held-out",
+        mode="lines+markers", line=dict(color=COLORS[1], width=2), marker_size=7,
+    )  # fmt: skip
+    # the first steps start at ln(vocabulary) and would press the rest flat
+    top, low = smooth[min(len(smooth) - 1, len(smooth) // 50)], min(raw)
+    figure.update_yaxes(range=[low - 0.04 * (top - low), top + 0.04 * (top - low)], hoverformat=".3f")
+    return figure
+
+
+def smoothed(values):
+    """Exponential mean over about a fiftieth of the curve, free of the pull of its start (as Adam's moments are)."""
+    decay = 1 - 1 / max(1.0, len(values) / 50)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        result.append(total / weight)
+    return result
+
+
+def curve_figure(metrics, key, color):
+    rows = thin(metrics)
+    figure = new_figure(240, "training tokens", hovermode="x")
+    figure.add_scatter(
+        x=[row["tokens"] for row in rows], y=[row[key] for row in rows], line=dict(color=color, width=1.6)
+    )
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def heldout_figure(metrics, history):
+    """Held-out bits per byte by source while training ran, and the full scores of the checkpoints that have them."""
+    rows = [row for row in metrics if "heldout_bits_per_byte" in row]
+    tokens = [row["tokens"] for row in rows]
+    figure = new_figure(380, "training tokens", "bits per byte", hovermode="x unified")
+    for source, color in source_colors(rows[0]["heldout_bits_per_byte_by_source"]).items():
+        y = [row["heldout_bits_per_byte_by_source"].get(source) for row in rows]
+        figure.add_scatter(
+            x=tokens, y=y, name=source, mode="lines+markers", line=dict(color=color, width=1.6), marker_size=5
+        )
+    y = [row["heldout_bits_per_byte"] for row in rows]
+    figure.add_scatter(x=tokens, y=y, name="all", mode="lines+markers", line=dict(color=INK, width=3), marker_size=6)
+    if history:
+        figure.add_scatter(
+            x=[scores["checkpoint"]["tokens_seen"] for scores in history],
+            y=[scores["bits_per_byte"]["overall"]["value"] for scores in history],
+            name="all, full evaluation", mode="markers",
+            marker=dict(symbol="diamond-open", size=13, color=INK, line_width=2),
+        )  # fmt: skip
+    figure.update_yaxes(hoverformat=".3f")
+    return figure
+
+
+def yardstick_figure(held_out):
+    """Bars of bits per byte for each source and for all: the model, gzip -9, the token frequencies."""
+    rows = {"all": held_out["overall"], **held_out["sources"]}
+    names = [f"<b>{name}</b>" if name == "all" else name for name in rows]
+    figure = new_figure(80 + 66 * len(rows), "bits per byte (fewer is better)", barmode="group", bargap=0.3)
+    for key, name, color in (
+        ("value", "model", COLORS[0]),
+        ("gzip", "gzip -9", COLORS[1]),
+        ("unigram", "unigram", FAINT),
+    ):
+        values = [row[key] for row in rows.values()]
+        errors = [1.96 * (row["stderr"] or 0) for row in rows.values()] if key == "value" else None
+        figure.add_bar(
+            orientation="h", y=names, x=values, name=name, marker_color=color,
+            text=[f"{value:.2f}" for value in values], textposition="inside", insidetextanchor="start", textangle=0, hovertemplate="%{x:.3f}",
+            error_x=dict(array=errors, color=INK, thickness=1.4, width=4) if errors else None,
+        )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def tasks_figure(tasks):
+    """Accuracies with 95 % intervals, and a stroke where guessing lands."""
+    rows = [
+        (f"{task}, {metric}", score, result["chance"].get(metric))
+        for task, result in tasks.items()
+        for metric, score in result["metrics"].items()
+        if metric.startswith("acc")
+    ]
+    labels = [label for label, _, _ in rows]
+    figure = new_figure(110 + 46 * len(rows), "accuracy (the line spans the 95 % interval)")
+    figure.add_scatter(
+        x=[score["value"] for _, score, _ in rows], y=labels, name="model", mode="markers",
+        marker=dict(size=11, color=COLORS[0]), hovertemplate="%{x:.1%}",
+        error_x=dict(array=[1.96 * (score["stderr"] or 0) for _, score, _ in rows], thickness=2, width=6),
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[chance for _, _, chance in rows], y=labels, name="chance", mode="markers", hovertemplate="%{x:.0%}",
+        marker=dict(symbol="line-ns-open", size=24, color=COLORS[3], line_width=3),
+    )  # fmt: skip
+    highest = max(max(score["value"] + 2 * (score["stderr"] or 0), chance or 0) for _, score, chance in rows)
+    figure.update_xaxes(tickformat=".0%", range=[-0.01, min(1.01, 1.15 * highest + 0.02)])
+    figure.update_yaxes(autorange="reversed", showgrid=True)
+    return figure
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path, help="a run folder, such as runs/demo")
+    flags = parser.parse_args(argv)
+    try:
+        page = build_report(flags.run)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with new_file(RunDir(flags.run).report) as file:
+        file.write(page.encode())
+    print(f"written to {RunDir(flags.run).report} ({len(page) / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The shape of a model: one frozen dataclass, one table of named sizes, and the counts that follow from them.
+
+Needs no torch, so that a laptop can plan a run:  PRESETS["1.3B"].n_parameters
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder of Mamba-2 and attention layers, each followed by a SwiGLU. Raises ValueError for a shape that cannot be.
+
+    The notation is the Mamba-2 paper's (arXiv:2405.21060) and mamba_ssm's.
+    """
+
+    # fmt: off
+    d_model: int                   # width of the residual stream
+    layer_pattern: str             # one letter a layer: "M" = Mamba-2, "A" = attention
+    n_heads: int                   # query heads of an attention layer
+    n_kv_heads: int                # key and value heads of an attention layer (grouped-query attention)
+    d_ff: int                      # inner width of the SwiGLU after each mixer
+    seq_len: int                   # tokens in a training sequence
+    vocab_size: int = 50304        # rows of the embedding and of the head; training sets it from the tokenizer
+    d_state: int = 128             # N, the state each Mamba head keeps for each of its channels
+    mamba_head_dim: int = 64       # P, channels of a Mamba head
+    n_groups: int = 1              # groups of heads that share B and C
+    d_conv: int = 4                # width of the causal convolution
+    expand: int = 2                # d_inner / d_model
+    chunk_size: int = 256          # Q, positions that the scan handles as one matrix product; changes speed only
+    attention_gate: bool = False   # a sigmoid of the layer's input scales each attention output (arXiv:2505.06708)
+    rope_theta: float = 10000.0    # base of the rotary angles (arXiv:2104.09864)
+    norm_eps: float = 1e-5
+    # fmt: on
+
+    def __post_init__(self):
+        bad = sorted(set(self.layer_pattern) - set("MA"))
+        if bad or not self.layer_pattern:
+            raise ValueError(
+                f"layer pattern {self.layer_pattern!r} is not a string of M (Mamba-2) and A (attention), one letter a layer"
+            )
+        for total, part, what in (
+            (self.d_model, self.n_heads, "d_model is not a multiple of n_heads"),
+            (self.n_heads, self.n_kv_heads, "n_heads is not a multiple of n_kv_heads"),
+            (self.d_inner, self.mamba_head_dim, "expand * d_model is not a multiple of mamba_head_dim"),
+            (self.n_mamba_heads, self.n_groups, "the number of Mamba heads is not a multiple of n_groups"),
+            (self.head_dim, 2, "the attention head width is odd, and rotary embedding pairs channels"),
+        ):
+            if part < 1 or total < 1 or total % part:
+                raise ValueError(f"{what}: {total} and {part}")
+
+    @property
+    def n_layers(self):
+        return len(self.layer_pattern)
+
+    @property
+    def head_dim(self):
+        """Channels of an attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def d_inner(self):
+        """Channels of a Mamba-2 mixer."""
+        return self.expand * self.d_model
+
+    @property
+    def n_mamba_heads(self):
+        return self.d_inner // self.mamba_head_dim
+
+    @property
+    def d_conv_channels(self):
+        """Channels that pass through the convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.d_state
+
+    @cached_property
+    def parameters_by_part(self):
+        """Parameters of the whole model as {part: count}; equal to the module's own, which a test checks."""
+        d, n_attention = self.d_model, self.layer_pattern.count("A")
+        n_mamba, d_kv = self.n_layers - n_attention, self.n_kv_heads * self.head_dim
+        in_proj = d * (self.d_inner + self.d_conv_channels + self.n_mamba_heads)
+        conv = self.d_conv_channels * (self.d_conv + 1)
+        per_head = 3 * self.n_mamba_heads  # A_log, D, dt_bias
+        return {
+            "embedding": self.vocab_size * d,
+            "attention": n_attention * d * ((3 if self.attention_gate else 2) * d + 2 * d_kv),
+            "mamba": n_mamba * (in_proj + conv + per_head + self.d_inner + self.d_inner * d),
+            "mlp": self.n_layers * 3 * d * self.d_ff,
+            "norms": (2 * self.n_layers + 1) * d,
+            "head": self.vocab_size * d,
+        }
+
+    @property
+    def n_parameters(self):
+        return sum(self.parameters_by_part.values())
+
+    @property
+    def flops_per_token_by_part(self):
+        """Floating-point operations a token of one training step, forward and backward, at seq_len, as {part: count}.
+
+        A multiply-add is two; backward is twice forward; attention counts the causal half; the scan counts
+        7 * d_inner * d_state a token and layer (Megatron-LM's formula); recomputation, norms, activations and the
+        embedding look-up count nothing. This is the "model FLOPs" of an MFU.
+        """
+        d, n_attention = self.d_model, self.layer_pattern.count("A")
+        n_mamba, d_kv = self.n_layers - n_attention, self.n_kv_heads * self.head_dim
+        in_proj = d * (self.d_inner + self.d_conv_channels + self.n_mamba_heads)
+        forward = {
+            "attention_projections": 2 * n_attention * d * ((3 if self.attention_gate else 2) * d + 2 * d_kv),
+            "attention_scores": n_attention * 2 * d * self.seq_len,  # 2 products x 2 x d x seq_len / 2
+            "mamba_projections": 2 * n_mamba * (in_proj + self.d_inner * d),
+            "mamba_conv": 2 * n_mamba * self.d_conv_channels * self.d_conv,
+            "mamba_scan": 7 * n_mamba * self.d_inner * self.d_state,
+            "mlp": 2 * self.n_layers * 3 * d * self.d_ff,
+            "head": 2 * d * self.vocab_size,
+        }
+        return {part: 3 * count for part, count in forward.items()}
+
+    @property
+    def flops_per_token(self):
+        return sum(self.flops_per_token_by_part.values())
+
+
+def place_attention(n_layers, *, first, middle, last):
+    """A layer pattern with attention where it matters: the first layers, `middle` spread evenly, and the last layers.
+
+    Every other layer is Mamba-2.  place_attention(8, first=1, middle=1, last=1) == "AMMAMMMA"
+    """
+    gap = n_layers - first - last
+    if min(first, middle, last) < 0 or middle > gap:
+        raise ValueError(f"{first} + {middle} + {last} attention layers do not fit into {n_layers} layers")
+    inner = ["M"] * gap
+    for i in range(middle):
+        inner[(2 * i + 1) * gap // (2 * middle)] = "A"  # the middles of `middle` equal stretches
+    return "A" * first + "".join(inner) + "A" * last
+
+
+def _real(n_layers, *, d_model, d_ff, first, middle, last):
+    """A production size: context 8192, attention heads of 128 channels, four query heads to a key/value head."""
+    n_heads = d_model // 128
+    return ModelConfig(
+        d_model=d_model,
+        layer_pattern=place_attention(n_layers, first=first, middle=middle, last=last),
+        n_heads=n_heads,
+        n_kv_heads=n_heads // 4,
+        d_ff=d_ff,
+        seq_len=8192,
+    )
+
+
+_NANO = dict(
+    d_model=128, layer_pattern="MMAMMA", n_heads=4, n_kv_heads=2, d_ff=384, seq_len=256,
+    vocab_size=4096, d_state=32, mamba_head_dim=32, chunk_size=64,
+)  # fmt: skip
+
+# fmt: off
+PRESETS = {
+    "tiny":       ModelConfig(d_model=32, layer_pattern="MA", n_heads=2, n_kv_heads=1, d_ff=64, seq_len=64,
+                              vocab_size=512, d_state=16, mamba_head_dim=16, chunk_size=16),  # for tests
+    "nano":       ModelConfig(**_NANO),                        # learns on two CPU cores in minutes
+    "nano-gated": ModelConfig(**_NANO, attention_gate=True),
+    # d_ff: multiples of 256, so that every matrix product fills the tensor cores' tiles
+    "1.3B":       _real(24, d_model=2048, d_ff=4864, first=1, middle=3, last=2),
+    "2.7B":       _real(32, d_model=2560, d_ff=4864, first=2, middle=4, last=2),
+    "6.7B":       _real(32, d_model=4096, d_ff=6912, first=2, middle=4, last=2),
+    "13B":        _real(40, d_model=5120, d_ff=7680, first=2, middle=5, last=3),
+}
+# fmt: on
+
+
+def get_preset(size):
+    """The ModelConfig of a named size. Raises ValueError for a name that is not in the table."""
+    if size not in PRESETS:
+        raise ValueError(f"unknown size {size!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[size]

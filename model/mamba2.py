@@ -1,0 +1,67 @@
+"""The Mamba-2 mixer (arXiv:2405.21060): projection, causal convolution, state-space scan, gated norm, projection."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from model.layers import SplitLinear
+from model.reference import causal_conv1d, gated_rms_norm, ssd, ssd_recurrence
+
+DT_MIN, DT_MAX = 0.001, 0.1  # step sizes at the start, as in Mamba (arXiv:2312.00752, section 3.6)
+A_MIN, A_MAX = 1.0, 16.0  # decay rates at the start, as in Mamba-2
+
+
+class Mamba2(nn.Module):
+    """(b, l, d) -> (b, l, d), each position from those before it in its document. Parameters named as in mamba_ssm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        bc = config.n_groups * config.d_state
+        widths = {"z": config.d_inner, "x": config.d_inner, "B": bc, "C": bc, "dt": config.n_mamba_heads}
+        self.in_proj = SplitLinear(config.d_model, widths)
+        self.conv1d_weight = nn.Parameter(torch.empty(config.d_conv_channels, config.d_conv))
+        self.conv1d_bias = nn.Parameter(torch.empty(config.d_conv_channels))
+        self.A_log = nn.Parameter(torch.empty(config.n_mamba_heads))
+        self.D = nn.Parameter(torch.empty(config.n_mamba_heads))
+        self.dt_bias = nn.Parameter(torch.empty(config.n_mamba_heads))
+        self.norm_weight = nn.Parameter(torch.empty(config.d_inner))
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+
+    @torch.no_grad()
+    def init_scan(self):
+        """Set what is not a matrix: decay rates in [1, 16], step sizes log-uniform in [0.001, 0.1], D = 1."""
+        self.A_log.uniform_(A_MIN, A_MAX).log_()
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.D.fill_(1.0)
+        self.norm_weight.fill_(1.0)
+        bound = self.conv1d_weight.shape[1] ** -0.5  # torch.nn.Conv1d's own start
+        self.conv1d_weight.uniform_(-bound, bound)
+        self.conv1d_bias.uniform_(-bound, bound)
+
+    def forward(self, u, packing=None, state=None):
+        """state: {} before the first token; keeps "conv" (b, d_conv - 1, channels) and "ssm" (b, heads, n, p)."""
+        config = self.config
+        document_ids = None if packing is None else packing.document_ids
+        before = state or {"conv": None, "ssm": None}
+        z, x, B, C, dt = self.in_proj(u)
+        xBC, conv = causal_conv1d(
+            torch.cat([x, B, C], dim=-1), self.conv1d_weight, self.conv1d_bias, document_ids, before["conv"]
+        )
+        x, B, C = xBC.split([config.d_inner, B.shape[-1], C.shape[-1]], dim=-1)
+        x = rearrange(x, "b l (h p) -> b l h p", p=config.mamba_head_dim)
+        B, C = (rearrange(t, "b l (g n) -> b l g n", g=config.n_groups) for t in (B, C))
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        A = -self.A_log.float().exp()
+        if u.shape[1] == 1:
+            y, ssm = ssd_recurrence(x, dt, A, B, C, self.D, document_ids, before["ssm"])
+        else:
+            y, ssm = ssd(x, dt, A, B, C, self.D, config.chunk_size, document_ids, before["ssm"])
+        if state is not None:
+            state.update(conv=conv, ssm=ssm)
+        y = rearrange(y, "b l h p -> b l (h p)")
+        return self.out_proj(gated_rms_norm(y, z, self.norm_weight, config.n_groups, config.norm_eps))

@@ -1,0 +1,141 @@
+"""The model's operations in plain PyTorch: the truth that every faster version is tested against.
+
+Dimensions: b batch, l length, h heads, p channels of a head, g groups, n state, c chunks, q positions of a chunk,
+k key/value heads. `document_ids` (b, l) numbers the documents packed into a row; equal neighbours are one document.
+Nothing crosses from one document to the next: what is masked is exactly zero, forward and backward.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+
+def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):
+    """Depthwise causal convolution, then SiLU.
+
+    x (b, l, d); weight (d, w); bias (d,). initial_state (b, w - 1, d) holds the inputs before x (zeros if None).
+    Returns y (b, l, d) and the last w - 1 inputs, (b, w - 1, d), from which a next call goes on.
+    """
+    b, l, d = x.shape
+    width = weight.shape[1]
+    if initial_state is None:
+        initial_state = x.new_zeros(b, width - 1, d)
+    inputs = torch.cat([initial_state, x], dim=1)  # (b, w - 1 + l, d)
+    y = bias + weight[:, -1] * x
+    for back in range(1, width):
+        earlier = inputs[:, width - 1 - back : width - 1 - back + l]  # x[t - back] at t
+        if document_ids is not None:
+            other = F.pad(document_ids[:, back:] != document_ids[:, :-back], (min(back, l), 0), value=True)
+            earlier = earlier.masked_fill(other[:, :l, None], 0)
+        y = y + weight[:, -1 - back] * earlier
+    return F.silu(y), inputs[:, l:]
+
+
+def ssd(x, dt, A, B, C, D, chunk_size, document_ids=None, initial_state=None):
+    """State-space dual form of Mamba-2: the whole sequence in chunks of matrix products.
+
+    x (b, l, h, p); dt (b, l, h), positive; A (h,), negative; B, C (b, l, g, n); D (h,).
+    Computes S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T and y_t = C_t S_t + D x_t (arXiv:2405.21060, section 6), with
+    S = 0 at each document's start, else initial_state (b, h, n, p) at the row's. Decays are accumulated in float32.
+    Returns y (b, l, h, p) in x's dtype and the last state (b, h, n, p) in float32.
+    """
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    q = min(chunk_size, l)
+    padding = -l % q
+    # A padded position has dt = 0: it neither decays nor feeds the state.
+    xs, dt, B, C = (F.pad(t.float(), (0, 0) * (t.dim() - 2) + (0, padding)) for t in (x, dt, B, C))
+    xs = rearrange(xs * dt[..., None], "b (c q) (g h) p -> b c g q h p", q=q, g=g)
+    B, C = (rearrange(t, "b (c q) g n -> b c g q n", q=q) for t in (B, C))
+    cum = rearrange(dt * A.float(), "b (c q) (g h) -> b c g h q", q=q, g=g).cumsum(-1)  # log decay since chunk start
+
+    decay_pair = cum[..., :, None] - cum[..., None, :]  # (b, c, g, h, q, q): from j to i
+    decay_in = cum  # from the chunk's start to i
+    decay_out = cum[..., -1:] - cum  # from j to the chunk's end
+    decay_chunk = cum[..., -1]  # (b, c, g, h)
+    apart = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
+    if document_ids is not None:
+        ids = torch.cat([document_ids, document_ids[:, -1:].expand(b, padding)], dim=1)
+        ids = rearrange(ids, "b (c q) -> b c 1 1 q", q=q)
+        before = torch.cat([ids[:, :1, ..., :1], ids[:, :-1, ..., -1:]], dim=1)  # the document that the state is of
+        apart = apart | (ids[..., :, None] != ids[..., None, :])
+        decay_in = decay_in.masked_fill(ids != before, -torch.inf)
+        decay_out = decay_out.masked_fill(ids != ids[..., -1:], -torch.inf)
+        decay_chunk = decay_chunk.masked_fill((ids[..., -1:] != before)[..., 0], -torch.inf)
+    # exp(-inf) is exactly 0, with gradient 0; masking before exp keeps the unused half from overflowing
+    scores = (C @ B.mT)[:, :, :, None] * decay_pair.masked_fill(apart, -torch.inf).exp()
+    y = rearrange(scores @ rearrange(xs, "b c g q h p -> b c g h q p"), "b c g h q p -> b c g q h p")
+
+    fed = xs * rearrange(decay_out.exp(), "b c g h q -> b c g q h 1")
+    fed = rearrange(B.mT @ fed.flatten(-2), "b c g n (h p) -> b c g h n p", p=p)  # what each chunk adds to the state
+    state = x.new_zeros(b, h, n, p, dtype=torch.float32) if initial_state is None else initial_state
+    state = rearrange(state, "b (g h) n p -> b g h n p", g=g)
+    entering = []
+    for i in range(fed.shape[1]):
+        entering.append(state)
+        state = decay_chunk[:, i].exp()[..., None, None] * state + fed[:, i]
+    entering = rearrange(torch.stack(entering, dim=1), "b c g h n p -> b c g n (h p)")
+    carried = rearrange(C @ entering, "b c g q (h p) -> b c g q h p", p=p)
+    y = y + carried * rearrange(decay_in.exp(), "b c g h q -> b c g q h 1")
+
+    y = rearrange(y, "b c g q h p -> b (c q) (g h) p")[:, :l]
+    return (y + D.float()[:, None] * x.float()).to(x.dtype), rearrange(state, "b g h n p -> b (g h) n p")
+
+
+def ssd_recurrence(x, dt, A, B, C, D, document_ids=None, initial_state=None):
+    """`ssd`, one position after another, as the recurrence is written: for tests and for decoding a token."""
+    b, l, h, p = x.shape
+    B, C = (t.float().repeat_interleave(h // t.shape[2], dim=2) for t in (B, C))  # (b, l, h, n)
+    state = x.new_zeros(b, h, B.shape[-1], p, dtype=torch.float32) if initial_state is None else initial_state
+    ys = []
+    for t in range(l):
+        decay = (dt[:, t].float() * A.float()).exp()  # (b, h)
+        if document_ids is not None and t > 0:
+            decay = decay.masked_fill((document_ids[:, t] != document_ids[:, t - 1])[:, None], 0)
+        fed = B[:, t, :, :, None] * (dt[:, t].float()[..., None] * x[:, t].float())[:, :, None]  # (b, h, n, p)
+        state = decay[..., None, None] * state + fed
+        ys.append((C[:, t, :, None] @ state)[:, :, 0] + D.float()[:, None] * x[:, t].float())
+    return torch.stack(ys, dim=1).to(x.dtype), state
+
+
+def rms_norm(x, weight, eps):
+    """x / rms(x) * weight over the last dimension, in float32 (arXiv:1910.07467). Returns x's dtype."""
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def gated_rms_norm(x, z, weight, n_groups, eps):
+    """rms_norm(x * silu(z)), each group of channels by itself: Mamba-2's norm before out_proj.
+
+    x, z (b, l, d); weight (d,). Groups keep the norm local when groups are split over GPUs.
+    """
+    x = x.float() * F.silu(z.float())
+    grouped = rearrange(x, "b l (g d) -> b l g d", g=n_groups)
+    normed = F.rms_norm(grouped, grouped.shape[-1:], None, eps)
+    return (rearrange(normed, "b l g d -> b l (g d)") * weight.float()).to(z.dtype)
+
+
+def rotary(x, positions, theta):
+    """Rotate pairs of channels by an angle that grows with position (RoPE, arXiv:2104.09864; halves, not neighbours).
+
+    x (b, l, h, p); positions (b, l) or (1, l).
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = positions[..., None, None].float() * frequencies  # (b, l, 1, p / 2)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.float().split(half, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def attention(q, k, v, mask=None):
+    """Causal grouped-query attention.
+
+    q (b, l, h, p); k, v (b, m, k, p) with m >= l: the last l of the m positions are the queries' own.
+    mask (b, 1, l, m), True where a query may look; None: all up to its own position. Returns (b, l, h, p).
+    """
+    l, m = q.shape[1], k.shape[1]
+    if mask is None and 1 < l < m:
+        mask = torch.ones(l, m, dtype=torch.bool, device=q.device).tril(m - l)
+    q, k, v = (rearrange(t, "b l h p -> b h l p") for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and l == m > 1, enable_gqa=True)
+    return rearrange(y, "b h l p -> b l h p")

@@ -1,0 +1,69 @@
+"""A small finished data folder and a way to start the real launcher, shared by the tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A finished data folder of the standard library's documentation topics: two sources, vocabulary 512."""
+    from pydoc_data.topics import topics
+
+    from curation.shards import file_sha256, write_shard
+    from curation.tokenizer import load_tokenizer, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("data") / "topics"
+    texts = [topics[name] for name in sorted(topics)][:60]
+    train_tokenizer(texts, 512, folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder)
+    shares = {"train": {"one": texts[:30], "two": texts[30:52]}, "heldout": {"one": texts[52:56], "two": texts[56:]}}
+    splits = {}
+    for split, sources in shares.items():
+        entries = {}
+        for source, documents in sources.items():
+            stem = f"{split}/{source}-00000"
+            counts = write_shard(
+                folder / stem, tokenizer.encode_batch(documents), tokenizer.separator_id, "uint16"
+            )
+            entries[source] = {
+                "documents": counts.documents,
+                "tokens": counts.tokens,
+                "text_bytes": sum(len(document.encode()) for document in documents),
+                "shards": [{"tokens": f"{stem}.npy", "starts": f"{stem}.starts.npy"}],
+            }
+        splits[split] = {"sources": entries}
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    vocabulary = {"file": "tokenizer.model", "vocab_size": 512, "separator_id": tokenizer.separator_id}
+    manifest = {"format": 1, "tokenizer": vocabulary, "token_dtype": "uint16", "splits": splits, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def launch(*flags, processes=1, timeout=240, cwd=ROOT):
+    """Run train/launch.py as users do, with DeepSpeed's launcher on CPU processes. Returns the finished process."""
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}",
+        str(ROOT / "train/launch.py"), *map(str, flags),
+    ]  # fmt: skip
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

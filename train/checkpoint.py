@@ -1,0 +1,260 @@
+"""Checkpoints: every parameter and its optimizer state by name, written by all ranks at once, whole or not at all.
+
+    checkpoints/step_0000400/
+        rank00000.safetensors     the pieces of weights and AdamW moments that rank 0 owns, float32, flat
+        rank00001.safetensors
+        tokenizer.model
+        checkpoint.json           written last: step, shapes, the run's configuration, sha256 of the files above
+
+A piece is a stretch of one parameter, named "<kind>/<parameter>", with its start in the file's metadata. The pieces of
+all ranks make up the parameter, whatever the ZeRO stage and the number of processes were, and a later run takes from
+them what its own layout needs. Nothing of ours or of DeepSpeed's is pickled; safetensors and numpy are enough to read
+a checkpoint. The folder is written as step_....part and renamed.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from curation.shards import file_sha256, sync_folder
+from model.config import ModelConfig
+from model.hybrid import HybridLM
+from train.run_dir import read_json, remove_folder, write_json
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+TOKENIZER = "tokenizer.model"
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank owns of one parameter: elements start to start + numel of its flat float32 master copy."""
+
+    name: str
+    start: int
+    numel: int
+    flat: torch.Tensor  # the optimizer's own parameter, in which this piece lies
+    offset: int  # where in `flat`
+
+    def weight(self):
+        return self.flat.detach().view(-1)[self.offset : self.offset + self.numel]
+
+    def moment(self, optimizer, kind):
+        """This piece of one of AdamW's moments, as a view; all zeros before the first step."""
+        state = optimizer.state[self.flat]
+        if kind not in state:
+            state[kind] = torch.zeros_like(self.flat)
+        return state[kind].view(-1)[self.offset : self.offset + self.numel]
+
+
+def torch_optimizer(engine):
+    """The torch optimizer inside DeepSpeed's."""
+    return engine.optimizer.optimizer
+
+
+def owned_pieces(engine):
+    """The pieces that this rank owns, in ZeRO stages 1 to 3; together the ranks own each element once.
+
+    Reads DeepSpeed 0.19's own maps from parameters to flat shards: `_hp_mapping` (stages 1 and 2), `grad_position` (3).
+    """
+    stage, optimizer, pieces = engine.zero_optimization_stage(), engine.optimizer, []
+    for name, parameter in engine.module.named_parameters():
+        if stage == 3:
+            group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = padded * dist.get_rank()
+            numel = min(padded, parameter.ds_numel - start)  # the last shards are padded
+            if numel > 0:
+                pieces.append(Piece(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset))
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
+            pieces.append(Piece(name, lp.start, lp.numel, flat, hp.start))
+    return pieces
+
+
+def save_checkpoint(engine, folder, *, step, tokens, run, tokenizer):
+    """Write a checkpoint folder. All ranks call it, with the same `folder`, on a file system that they share.
+
+    run: the resolved configuration (config.json); tokenizer: the path of the tokenizer's file.
+    Raises OSError on every rank if any of them could not write; an earlier checkpoint is never touched.
+    """
+    part = folder.with_name(folder.name + ".part")
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    written, problem = None, None
+    try:
+        written = _write_rank_file(engine, part / f"rank{rank:05d}.safetensors")
+        if rank == 0:
+            shutil.copyfile(tokenizer, part / TOKENIZER)
+    except (OSError, SafetensorError) as error:
+        problem = f"rank {rank} could not write {part}: {error}"
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (written, problem))
+    problems = [p for _, p in gathered if p]
+    if problems:
+        raise OSError(f"checkpoint of step {step} was not saved: {problems[0]}")
+    if rank == 0:
+        files = {name: entry for entry, _ in gathered for name, entry in [entry]}
+        tokenizer_file = part / TOKENIZER
+        files[TOKENIZER] = {"bytes": tokenizer_file.stat().st_size, "sha256": file_sha256(tokenizer_file)}
+        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+        manifest = {"format": FORMAT, "step": step, "tokens": tokens, "shapes": shapes, "run": run, "files": files}
+        write_json(part / MANIFEST, manifest)
+        if folder.exists():  # left by a run that was resumed from an earlier step
+            remove_folder(folder.rename(folder.with_name(folder.name + ".old.part")))
+        os.replace(part, folder)
+        sync_folder(folder.parent)
+    dist.barrier()
+
+
+def _write_rank_file(engine, path):
+    """Write this rank's pieces; returns (file name, its entry in the manifest)."""
+    optimizer, tensors, starts = torch_optimizer(engine), {}, {}
+    for piece in owned_pieces(engine):
+        for kind in (WEIGHT, *MOMENTS):
+            tensor = piece.weight() if kind == WEIGHT else piece.moment(optimizer, kind)
+            tensors[f"{kind}/{piece.name}"] = tensor.float().cpu().contiguous()
+            starts[f"{kind}/{piece.name}"] = piece.start
+    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    return path.name, {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def restore_optimizer(engine, checkpoint):
+    """Put the checkpoint's float32 weights and moments into an engine whose module has its weights. All ranks call it."""
+    optimizer, stored = torch_optimizer(engine), checkpoint.stored_pieces
+    for piece in owned_pieces(engine):
+        state = optimizer.state[piece.flat]
+        state["step"] = torch.tensor(float(checkpoint.step), device=piece.flat.device if piece.flat.is_cuda else "cpu")
+        for kind in (WEIGHT, *MOMENTS):
+            target = piece.weight() if kind == WEIGHT else piece.moment(optimizer, kind)
+            _copy_stretch(target, stored[f"{kind}/{piece.name}"], piece.start)
+
+
+def _copy_stretch(target, pieces, start):
+    """Fill flat `target`, elements start.. of a parameter, from the stored pieces [(file, key, start, numel)] of it."""
+    for file, key, piece_start, piece_numel in pieces:
+        first, last = max(start, piece_start), min(start + target.numel(), piece_start + piece_numel)
+        if first < last:
+            with safe_open(file, framework="pt") as opened:
+                stretch = opened.get_slice(key)[first - piece_start : last - piece_start]
+            target[first - start : last - start].copy_(stretch)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A finished checkpoint on disk."""
+
+    path: Path
+    step: int
+    tokens: int  # training tokens seen
+    shapes: dict[str, list[int]]  # of every parameter, by name
+    run: dict[str, Any]  # the run's config.json
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def model_config(self):
+        return ModelConfig(**self.run["model"])
+
+    @property
+    def data(self):
+        """{"path", "manifest_sha256"} of the data folder that it was trained on."""
+        return self.run["data"]
+
+    @property
+    def tokenizer_path(self):
+        return self.path / TOKENIZER
+
+    @cached_property
+    def sha256(self):
+        """Identity of the checkpoint: of its manifest, which holds the sha256 of every other file."""
+        return file_sha256(self.path / MANIFEST)
+
+    @cached_property
+    def stored_pieces(self):
+        """{"<kind>/<parameter>": [(file, key, start, numel)]}"""
+        found: dict[str, list] = {}
+        for name in sorted(n for n in self.files if n.endswith(".safetensors")):
+            with safe_open(self.path / name, framework="pt") as opened:
+                starts = json.loads(opened.metadata()["starts"])
+                for key, start in starts.items():
+                    numel = opened.get_slice(key).get_shape()[0]
+                    found.setdefault(key, []).append((self.path / name, key, start, numel))
+        return found
+
+    def tensors(self, kind=WEIGHT):
+        """{parameter name: float32 tensor} of the weights, or of one of MOMENTS."""
+        whole = {}
+        for name, shape in self.shapes.items():
+            flat = torch.empty(torch.Size(shape).numel())
+            _copy_stretch(flat, self.stored_pieces[f"{kind}/{name}"], 0)
+            whole[name] = flat.view(shape)
+        return whole
+
+    def load_model(self, device="cpu"):
+        """The model with these weights in float32, ready for inference."""
+        model = HybridLM(self.model_config)
+        model.load_state_dict(self.tensors())
+        return model.to(device).eval()
+
+
+def load_checkpoint(path):
+    """Open a checkpoint folder and check every file of it against its manifest.
+
+    Raises FileNotFoundError or ValueError, in one line that names the file, for what is not a whole checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; give a folder such as runs/demo/checkpoints/step_0000400")
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}; give a folder such as .../checkpoints/step_0000400")
+    manifest = read_json(path / MANIFEST)
+    fields = {"format", "step", "tokens", "shapes", "run", "files"}
+    if not isinstance(manifest, dict) or set(manifest) != fields or manifest["format"] != FORMAT:
+        raise ValueError(f"{path / MANIFEST} is not the manifest of a checkpoint that this version reads (format {FORMAT})")
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"checkpoint {path} is damaged: {name} is missing; take another checkpoint")
+        if file.stat().st_size != entry["bytes"]:
+            raise ValueError(
+                f"checkpoint {path} is damaged: {name} has {file.stat().st_size:,} bytes, not {entry['bytes']:,}; "
+                "take another checkpoint"
+            )
+        if file_sha256(file) != entry["sha256"]:
+            raise ValueError(f"checkpoint {path} is damaged: the content of {name} has changed; take another checkpoint")
+    del manifest["format"]
+    return Checkpoint(path=path, **manifest)
+
+
+def newest_whole(run_dir, say):
+    """The newest checkpoint of a run that is whole, or None; `say` gets a line for each damaged one passed over."""
+    for path in reversed(run_dir.checkpoints()):
+        try:
+            return load_checkpoint(path)
+        except ValueError as error:
+            say(f"skipping {error}")
+    return None
+
+
+def delete_old(run_dir, keep):
+    """Delete all but the newest `keep` checkpoints; 0 keeps all. Rank 0 alone calls it."""
+    if keep:
+        for path in run_dir.checkpoints()[:-keep]:
+            remove_folder(path)

@@ -1,0 +1,150 @@
+"""What one training run is: a frozen dataclass whose fields are the flags of train/launch.py.
+
+Needs no torch. This file leaves annotations as types (no `from __future__ import annotations`): add_flags reads them.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, get_args
+
+from model.config import ModelConfig, get_preset
+
+
+def option(default=dataclasses.MISSING, *, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. Every field is a flag, and every flag is a field; None means "from the size's defaults" or as it says."""
+
+    # fmt: off
+    size: str = option(help="a name in model.config.PRESETS: nano, nano-gated, 1.3B, 2.7B, 6.7B, 13B ...")
+    data: str = option(help="a data folder, made by curation.pipeline")
+    run: str = option(help="the run's folder, for example runs/demo")
+    steps: int | None = option(None, help="optimizer steps; the length of the learning-rate schedule (default: one pass over the data)")
+    stop_after: int | None = option(None, help="save and stop after this step, short of the schedule's end (default: go to the end)")
+    batch_tokens: int | None = option(None, help="tokens in one optimizer step, over all GPUs (default: the size's)")
+    micro_batch: int | None = option(None, help="sequences a GPU works on at a time (default: the size's)")
+    lr: float | None = option(None, help="peak learning rate (default: the size's)")
+    min_lr: float = option(0.1, help="the last learning rate, as a part of the peak")
+    warmup_steps: int | None = option(None, help="steps of linear warm-up (default: 2000, at most a tenth of the steps)")
+    weight_decay: float = option(0.1, help="AdamW's decoupled decay, on the weight matrices of the layers and the head")
+    beta1: float = option(0.9, help="AdamW's first decay rate")
+    beta2: float = option(0.95, help="AdamW's second decay rate")
+    clip: float = option(1.0, help="largest norm of the whole gradient; 0 switches clipping off")
+    seed: int = option(1234, help="of the first weights and of the order of the data")
+    ds_config: str | None = option(None, help="a DeepSpeed JSON (default: ds_configs/zero2.json, or cpu.json where there is no GPU)")
+    save_every: int = option(1000, help="steps between checkpoints; 0 saves only at the end")
+    keep: int = option(5, help="checkpoints to keep; older ones are deleted; 0 keeps all")
+    eval_every: int = option(500, help="steps between measurements of the held-out loss; 0 leaves them out")
+    eval_tokens: int = option(1_000_000, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
+    resume: bool = option(False, help="go on from the run's newest whole checkpoint")
+    verify_data: bool = option(True, help="compare the sha256 of every shard with the manifest before training")
+    # fmt: on
+
+
+# Batch and rate follow GPT-3 (arXiv:2005.14165, table 2.1), the batch rounded to a power of two; micro-batches are a
+# start, to be raised until memory is full. tiny and nano are for small machines and were found by trial (BENCHMARKS.md).
+# fmt: off
+SIZE_DEFAULTS = {
+    "tiny":       dict(batch_tokens=512,     micro_batch=4, lr=3e-3),
+    "nano":       dict(batch_tokens=8192,    micro_batch=4, lr=3e-3),
+    "nano-gated": dict(batch_tokens=8192,    micro_batch=4, lr=3e-3),
+    "1.3B":       dict(batch_tokens=1 << 20, micro_batch=4, lr=2e-4),
+    "2.7B":       dict(batch_tokens=1 << 20, micro_batch=2, lr=1.6e-4),
+    "6.7B":       dict(batch_tokens=1 << 21, micro_batch=1, lr=1.2e-4),
+    "13B":        dict(batch_tokens=1 << 21, micro_batch=1, lr=1e-4),
+}
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run with nothing left open: the numbers that the loop works with, all of them worked out from the flags."""
+
+    model: ModelConfig
+    steps: int
+    last_step: int  # where this start of the program ends
+    batch_sequences: int  # sequences in one optimizer step, over all processes
+    micro_batch: int
+    grad_accum: int  # micro-batches a process works through in one optimizer step
+    lr: float
+    min_lr: float  # as a rate, not as a part
+    warmup_steps: int
+
+
+def make_plan(config, *, vocab_size, n_tokens, world_size):
+    """Work out a Plan for data of n_tokens and a tokenizer of vocab_size on world_size processes.
+
+    Raises ValueError for anything that cannot be, before a GPU is taken.
+    """
+    model = get_preset(config.size)
+    # the next multiple of 128: the head's matrix product then fills whole tiles
+    model = dataclasses.replace(model, vocab_size=-(-vocab_size // 128) * 128)
+    given = {name: getattr(config, name) for name in SIZE_DEFAULTS[config.size]}
+    chosen = {name: default if given[name] is None else given[name] for name, default in SIZE_DEFAULTS[config.size].items()}
+    batch_tokens, micro_batch, lr = chosen["batch_tokens"], chosen["micro_batch"], chosen["lr"]
+
+    for name, value, least in (
+        ("--batch-tokens", batch_tokens, 1), ("--micro-batch", micro_batch, 1), ("--steps", config.steps, 1),
+        ("--stop-after", config.stop_after, 1), ("--warmup-steps", config.warmup_steps, 0), ("--save-every", config.save_every, 0),
+        ("--keep", config.keep, 0), ("--eval-every", config.eval_every, 0), ("--eval-tokens", config.eval_tokens, 0),
+        ("--clip", config.clip, 0), ("--weight-decay", config.weight_decay, 0), ("--seed", config.seed, 0),
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise ValueError(f"{name} {value} is too small; allowed: {least} or more")
+    for name, value in (("--beta1", config.beta1), ("--beta2", config.beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} {value} is out of range; allowed: 0 <= {name[2:]} < 1")
+    if lr <= 0 or not 0 <= config.min_lr <= 1:
+        raise ValueError(f"--lr {lr} and --min-lr {config.min_lr}: allowed are lr > 0 and 0 <= min-lr <= 1 (a part of lr)")
+
+    per_round = world_size * micro_batch * model.seq_len
+    if batch_tokens % per_round:
+        lower = max(batch_tokens // per_round, 1) * per_round
+        raise ValueError(
+            f"--batch-tokens {batch_tokens:,} is not a multiple of {per_round:,} ({world_size} processes x "
+            f"{micro_batch} sequences x {model.seq_len} tokens); nearest: {lower:,} or {lower + per_round:,}"
+        )
+    batch_sequences = batch_tokens // model.seq_len
+    if n_tokens <= batch_tokens:
+        raise ValueError(
+            f"the training split of {config.data} has {n_tokens:,} tokens, which do not fill one batch of "
+            f"{batch_tokens:,}; curate more text or lower --batch-tokens"
+        )
+    steps = config.steps or (n_tokens - 1) // model.seq_len // batch_sequences
+    warmup_steps = min(2000, steps // 10) if config.warmup_steps is None else config.warmup_steps
+    if warmup_steps >= steps:
+        raise ValueError(f"--warmup-steps {warmup_steps} leaves no step of the {steps} to train at the full rate")
+    return Plan(
+        model=model,
+        steps=steps,
+        last_step=min(steps, config.stop_after or steps),
+        batch_sequences=batch_sequences,
+        micro_batch=micro_batch,
+        grad_accum=batch_tokens // per_round,
+        lr=lr,
+        min_lr=lr * config.min_lr,
+        warmup_steps=warmup_steps,
+    )
+
+
+def add_flags(parser, config_class):
+    """One flag for each field of a frozen dataclass: --like-this, with the field's help and default."""
+    for f in dataclasses.fields(config_class):
+        flag, required = "--" + f.name.replace("_", "-"), f.default is dataclasses.MISSING
+        shown = f.metadata["help"]
+        if not required and f.default is not None:
+            shown += f" (default: {f.default})"
+        arguments: dict[str, Any] = {"dest": f.name, "help": shown.replace("%", "%%"), "required": required}
+        if not required:
+            arguments["default"] = f.default
+        if f.type is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            value_type = next(t for t in get_args(f.type) if t is not type(None)) if isinstance(f.type, UnionType) else f.type
+            arguments |= {"type": value_type, "metavar": value_type.__name__.upper()}
+        parser.add_argument(flag, **arguments)

@@ -1,0 +1,55 @@
+"""Train one model on every GPU (or, without GPUs, process) that the launcher gives us.
+
+    deepspeed --num_gpus=8 train/launch.py --size 6.7B --data data/eight --run runs/6.7B
+"""
+
+import argparse
+import os
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+
+if __spec__ is None:  # run by path: import from the repo root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train.config import TrainConfig, add_flags
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser, TrainConfig)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed always passes it; we read LOCAL_RANK
+    flags = vars(parser.parse_args(argv))
+    flags.pop("local_rank")
+    rank = int(os.environ.get("RANK", 0))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
+    from train.loop import Stopped, train  # here, so that --help does not wait for torch
+
+    try:
+        train(TrainConfig(**flags))
+    except Stopped as stopped:
+        say(rank, str(stopped))
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        say(rank, f"error: {error}")
+        return 2
+    except (FloatingPointError, OSError) as error:
+        say(rank, f"error: {error}")
+        return 1
+    return 0
+
+
+def say(rank, line):
+    """Print one line for all ranks: rank 0's, or another's own if rank 0 has nothing to say and lives on."""
+    if rank:
+        time.sleep(10)  # by then the launcher has ended us, if rank 0 stopped for the same reason
+        line = f"{line} (rank {rank} on {socket.gethostname()})"
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""What a run says while it goes: a progress line for people, metrics.jsonl for programs. Used by rank 0 alone."""
+
+import json
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Metrics:
+    """Appends one object a step to a file and keeps a progress line: step, loss, tokens/s, rate, gradient norm, time left."""
+
+    def __init__(self, path, first_step, last_step):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a")  # noqa: SIM115 - closed by close()
+        self.started = time.monotonic()
+        self.bar = tqdm(
+            initial=first_step - 1, total=last_step, unit="step", dynamic_ncols=True, smoothing=0.05,
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
+            bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+        )  # fmt: skip
+
+    def log(self, row):
+        """row: one step's values, held-out ones included."""
+        row = {**row, "seconds": round(time.monotonic() - self.started, 3)}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        text = f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tok/s, lr {row['lr']:.2e}, grad {row['grad_norm']:.2f}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+
+    def say(self, line):
+        """A line of its own above the progress line."""
+        tqdm.write(line, file=sys.stderr)
+
+    def close(self):
+        self.bar.close()
+        self.file.close()

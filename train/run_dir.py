@@ -1,0 +1,127 @@
+"""A run's folder: what lies where, the record of what it is, and whether it may go on.
+
+    runs/demo/
+        config.json                     the resolved configuration, written before step 1
+        metrics.jsonl                   one object a step
+        checkpoints/step_0000400/       see train/checkpoint.py
+        eval/step_0000400.json          scores of that checkpoint
+        report.html
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from curation.shards import new_file
+
+CHECKPOINT_PREFIX = "step_"
+
+# What may differ when a run goes on: where it stops, how it is watched, and how the work is laid out over machines.
+MAY_CHANGE = frozenset({
+    "run.data", "run.run", "run.stop_after", "run.micro_batch", "run.ds_config", "run.save_every", "run.keep",
+    "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "plan.last_step", "plan.micro_batch",
+    "plan.grad_accum",
+})  # fmt: skip
+COMPARED = ("run", "plan", "model", "data.manifest_sha256")  # the rest (versions, argv ...) is there to be read
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    @property
+    def config(self):
+        return self.path / "config.json"
+
+    @property
+    def metrics(self):
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self):
+        return self.path / "report.html"
+
+    def checkpoint(self, step):
+        return self.path / "checkpoints" / f"{CHECKPOINT_PREFIX}{step:07d}"
+
+    def checkpoints(self):
+        """Finished checkpoints, oldest first."""
+        found = (self.path / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*")
+        return sorted(path for path in found if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit())
+
+
+def write_json(path, value):
+    """Write value as JSON, whole or not at all."""
+    with new_file(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path):
+    """Raises ValueError, naming the file, where it is not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from None
+
+
+def flatten(value, prefix=""):
+    """{"run": {"seed": 1}} -> {"run.seed": 1}"""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def differences(before, now):
+    """What stops a run from going on, a line each: "run.seed: 1234 before, 99 now"."""
+    old, new = flatten(before), flatten(now)
+    compared = [k for k in old | new if k.startswith(COMPARED) and k not in MAY_CHANGE]
+    return [f"{k}: {old.get(k)!r} before, {new.get(k)!r} now" for k in compared if old.get(k) != new.get(k)]
+
+
+def check_new_or_resumed(run_dir, resume, config):
+    """Raise ValueError when the folder holds a run already, or one that these flags would not continue."""
+    if not run_dir.config.exists():
+        if run_dir.path.is_dir() and any(run_dir.path.iterdir()) and not resume:
+            raise ValueError(f"--run {run_dir.path} is a folder with other files in it; give a new or empty one")
+        return
+    if not resume:
+        raise ValueError(f"--run {run_dir.path} holds a run already; go on with --resume, or give another folder")
+    changed = differences(read_json(run_dir.config), config)
+    if changed:
+        raise ValueError(f"--resume would change the run in {run_dir.path}: {'; '.join(changed)}; use the first flags")
+
+
+def read_metrics(path):
+    """The objects of metrics.jsonl, in order; a last line cut short by a crash is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def cut_metrics(path, step):
+    """Drop what metrics.jsonl says of steps after `step`: a run that goes on from there writes them again."""
+    if Path(path).exists():
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        with new_file(path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def remove_unfinished(run_dir):
+    """Delete what a crash left of checkpoints that were being written."""
+    for path in (run_dir.path / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*.part"):
+        remove_folder(path)
+
+
+def remove_folder(path):
+    """Delete a checkpoint folder; renamed first, so that a crash half-way leaves nothing that looks whole."""
+    going = path.with_name(path.name.removesuffix(".part") + ".part")
+    if going != path:
+        os.replace(path, going)
+    for file in going.iterdir():
+        file.unlink()
+    going.rmdir()
