@@ -58,19 +58,22 @@ def without_docstrings(source: str) -> str:
 
 
 def docstrings(source: str, module: str) -> str:
-    """The module's docstrings in order, each under the qualified name of what it documents. Raises SyntaxError."""
-    return "\n\n".join(
-        f"{name}\n\n{inspect.cleandoc(docstring.value)}" for name, docstring in documented(parse(source), module)
-    )
+    """The module's docstrings in order, under its name, each under the qualified name of what it documents.
+
+    Empty for a module without docstrings. Raises SyntaxError.
+    """
+    entries = [(name, inspect.cleandoc(docstring.value)) for name, docstring in documented(parse(source))]
+    texts = [f"{name}\n\n{text}" if name else text for name, text in entries]
+    return "\n\n".join([module, *texts]) if texts else ""
 
 
-def documented(node: ast.AST, name: str) -> Iterator[tuple[str, ast.Constant]]:
+def documented(node: ast.AST, name: str = "") -> Iterator[tuple[str, ast.Constant]]:
     docstring = docstring_node(node)
     if docstring and docstring.value.strip():
         yield name, docstring
     for child in ast.iter_child_nodes(node):
         is_named = isinstance(child, DocumentedNode)
-        yield from documented(child, f"{name}.{child.name}" if is_named else name)
+        yield from documented(child, f"{name}.{child.name}".lstrip(".") if is_named else name)
 
 
 def help_topics(source: str) -> dict[str, str]:

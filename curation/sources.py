@@ -1,7 +1,7 @@
 """The sources of text: which files each one reads, and how a file becomes documents.
 
-A source is one entry of the list at the end of this file. To add one: write a function that lists its files, a function
-that makes texts of one file's text (or take one that is here), and an entry.
+A source is one entry of the list at the end of this file. To add one: write a function that lists its files, one that
+makes texts of one file's text (or take one that is here), and an entry.
 """
 
 import gzip
@@ -22,7 +22,7 @@ MB = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class InputFile:
-    """One file of a source. `name` is its place in the source, the same on every machine, and makes the document ids."""
+    """One file of a source. `name` is its place in the source, the same on every machine; document ids begin with it."""
 
     name: str
     path: str
@@ -58,8 +58,8 @@ class Source:
 def list_inputs(source: Source) -> list[InputFile]:
     """The source's files in the order in which they are read until its budget is full.
 
-    Files come in an order given by the hash of their names, and in rounds: the first of each family (package, command),
-    then the second of each, so that one family with thousands of files does not fill the budget alone.
+    Files come in the order of the hash of their names, and in rounds: the first of each family (package, command), then
+    the second of each, so that one family with thousands of files does not fill the budget alone.
     """
     inputs = [InputFile(name=name, path=str(path), size_bytes=path.stat().st_size) for name, path in source.files()]
     inputs.sort(key=lambda file: hashlib.sha256(file.name.encode()).digest())
@@ -80,7 +80,7 @@ def family(name: str) -> str:
 
 
 def walk(root: Path, skip: Iterable[str] = ()) -> Iterator[tuple[str, Path]]:
-    """Every regular file under `root` with its relative name; folders named in `skip` are left out, links not followed."""
+    """Every file under `root` with its relative name; folders named in `skip` are left out, links not followed."""
     skip = set(skip)
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in skip]
@@ -96,7 +96,8 @@ HELP_TOPICS = "pydoc_data/topics.py"
 
 def stdlib_files() -> Iterator[tuple[str, Path]]:
     """The standard library of the interpreter that is running (inside a virtual environment: of its base)."""
-    return ((name, path) for name, path in walk(Path(sysconfig.get_path("stdlib")), STDLIB_SKIPS) if name.endswith(".py"))
+    root = Path(sysconfig.get_path("stdlib"))
+    return ((name, path) for name, path in walk(root, STDLIB_SKIPS) if name.endswith(".py"))
 
 
 def stdlib_code_files() -> Iterator[tuple[str, Path]]:
@@ -142,7 +143,7 @@ def system_documentation() -> Iterator[tuple[str, Path]]:
 
 def read_documents(source: Source, file: InputFile) -> Iterator[RawDocument]:
     """The documents of one file. A file that cannot be read as meant gives one document that names its problem."""
-    text, problem = read_text(Path(file.path))
+    text, problem = read_text(file)
     documents: list[tuple[str, str]] = [("", text)]
     if problem is None:
         try:
@@ -154,21 +155,22 @@ def read_documents(source: Source, file: InputFile) -> Iterator[RawDocument]:
         yield RawDocument(id=identity, text=part_text, problem=problem)
 
 
-def read_text(path: Path) -> tuple[str, str | None]:
+def read_text(file: InputFile) -> tuple[str, str | None]:
     """Text of a file, gunzipped if its name says so, and the problem with it. Newlines become plain \\n."""
     problem = None
     try:
-        data = path.read_bytes()
+        data = Path(file.path).read_bytes()
     except OSError:
         return "", "unreadable_file"
-    if path.suffix == ".gz":
-        stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    if len(data) != file.size_bytes:
+        problem = "changed_since_listed"
+    if file.path.endswith(".gz"):
         try:
-            data = stream.decompress(data)
-        except zlib.error:
+            data = gzip.decompress(data)
+        except EOFError:  # cut short: keep what can be read, for whoever looks at what was dropped
+            data, problem = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(data), "truncated_gzip"
+        except (OSError, zlib.error):
             return "", "damaged_gzip"
-        if not stream.eof:
-            problem = "truncated_gzip"
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -234,7 +236,7 @@ LOCAL = (
         name="package_docs",
         kind="prose",
         description="READMEs, licences and other .md and .rst files of the installed Python packages",
-        budget_mb=4,
+        budget_mb=5,
         files=package_documentation,
         extract=package_text,
     ),
@@ -242,7 +244,7 @@ LOCAL = (
         name="package_docstrings",
         kind="prose",
         description="docstrings of the installed Python packages, module by module",
-        budget_mb=6,
+        budget_mb=5,
         files=package_modules,
         extract=module_docstrings,
     ),
@@ -250,7 +252,7 @@ LOCAL = (
         name="system_docs",
         kind="prose",
         description="manual pages and package documentation of the operating system",
-        budget_mb=5,
+        budget_mb=4.5,
         files=system_documentation,
         extract=system_text,
     ),

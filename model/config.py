@@ -123,7 +123,7 @@ class ModelConfig:
 def place_attention(n_layers, *, first, middle, last):
     """A layer pattern with attention where it matters: the first layers, `middle` spread evenly, and the last layers.
 
-    Every other layer is Mamba-2.  place_attention(8, first=1, middle=1, last=1) == "AMMAMMMA"
+    Every other layer is Mamba-2.  place_attention(8, first=1, middle=1, last=1) == "AMMMAMMA"
     """
     gap = n_layers - first - last
     if min(first, middle, last) < 0 or middle > gap:

@@ -47,23 +47,23 @@ def ssd(x, dt, A, B, C, D, chunk_size, document_ids=None, initial_state=None):
     xs, dt, B, C = (F.pad(t.float(), (0, 0) * (t.dim() - 2) + (0, padding)) for t in (x, dt, B, C))
     xs = rearrange(xs * dt[..., None], "b (c q) (g h) p -> b c g q h p", q=q, g=g)
     B, C = (rearrange(t, "b (c q) g n -> b c g q n", q=q) for t in (B, C))
-    cum = rearrange(dt * A.float(), "b (c q) (g h) -> b c g h q", q=q, g=g).cumsum(-1)  # log decay since chunk start
-
-    decay_pair = cum[..., :, None] - cum[..., None, :]  # (b, c, g, h, q, q): from j to i
-    decay_in = cum  # from the chunk's start to i
-    decay_out = cum[..., -1:] - cum  # from j to the chunk's end
-    decay_chunk = cum[..., -1]  # (b, c, g, h)
+    log_decay = rearrange(dt * A.float(), "b (c q) (g h) -> b c g h q", q=q, g=g)
     apart = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
-    if document_ids is not None:
+    if document_ids is None:
+        cum = decay_in = log_decay.cumsum(-1)  # since the chunk's start
+        decay_out, decay_chunk = cum[..., -1:] - cum, cum[..., -1]  # from j to the chunk's end, and over all of it
+    else:
         ids = torch.cat([document_ids, document_ids[:, -1:].expand(b, padding)], dim=1)
         ids = rearrange(ids, "b (c q) -> b c 1 1 q", q=q)
         before = torch.cat([ids[:, :1, ..., :1], ids[:, :-1, ..., -1:]], dim=1)  # the document that the state is of
         apart = apart | (ids[..., :, None] != ids[..., None, :])
-        decay_in = decay_in.masked_fill(ids != before, -torch.inf)
-        decay_out = decay_out.masked_fill(ids != ids[..., -1:], -torch.inf)
-        decay_chunk = decay_chunk.masked_fill((ids[..., -1:] != before)[..., 0], -torch.inf)
+        cum = cumsum_by_document(log_decay, ids)  # since the chunk's or the document's start
+        decay_in = cum.masked_fill(ids != before, -torch.inf)
+        decay_out = (cum[..., -1:] - cum).masked_fill(ids != ids[..., -1:], -torch.inf)
+        decay_chunk = cum[..., -1].masked_fill((ids[..., -1:] != before)[..., 0], -torch.inf)
+    decay_pair = (cum[..., :, None] - cum[..., None, :]).masked_fill(apart, -torch.inf)  # (b, c, g, h, q, q): j to i
     # exp(-inf) is exactly 0, with gradient 0; masking before exp keeps the unused half from overflowing
-    scores = (C @ B.mT)[:, :, :, None] * decay_pair.masked_fill(apart, -torch.inf).exp()
+    scores = (C @ B.mT)[:, :, :, None] * decay_pair.exp()
     y = rearrange(scores @ rearrange(xs, "b c g q h p -> b c g h q p"), "b c g h q p -> b c g q h p")
 
     fed = xs * rearrange(decay_out.exp(), "b c g h q -> b c g q h 1")
@@ -80,6 +80,19 @@ def ssd(x, dt, A, B, C, D, chunk_size, document_ids=None, initial_state=None):
 
     y = rearrange(y, "b c g q h p -> b (c q) (g h) p")[:, :l]
     return (y + D.float()[:, None] * x.float()).to(x.dtype), rearrange(state, "b g h n p -> b (g h) n p")
+
+
+def cumsum_by_document(x, document_ids):
+    """Cumulative sum over the last dimension that begins anew at each document.
+
+    A difference of plain cumulative sums would carry the rounding of the documents before, and so a trace of them.
+    """
+    shift = 1
+    while shift < x.shape[-1]:  # each step doubles how far back a sum reaches
+        same = document_ids[..., shift:] == document_ids[..., :-shift]
+        x = x + F.pad(x[..., :-shift].masked_fill(~same, 0), (shift, 0))
+        shift *= 2
+    return x
 
 
 def ssd_recurrence(x, dt, A, B, C, D, document_ids=None, initial_state=None):

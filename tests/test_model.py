@@ -1,0 +1,285 @@
+"""The network: the mixer against its recurrence, causality, documents that cannot see each other, decoding, counts."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from model.config import PRESETS, ModelConfig, get_preset, place_attention
+from model.generate import choose, generate
+from model.hybrid import HybridLM
+from model.mamba2 import Mamba2
+from model.reference import causal_conv1d, ssd, ssd_recurrence
+
+LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65]  # around the edges of chunks of 16
+SHAPE = PRESETS["tiny"]  # chunks of 16
+MIXERS = {
+    "mamba": dataclasses.replace(SHAPE, layer_pattern="MM", n_groups=2),
+    "attention": dataclasses.replace(SHAPE, layer_pattern="AA"),
+    "gated attention": dataclasses.replace(SHAPE, layer_pattern="AA", attention_gate=True),
+    "hybrid": dataclasses.replace(SHAPE, layer_pattern="MAM", attention_gate=True),
+}
+
+
+@pytest.fixture(params=MIXERS)
+def model(request):
+    torch.manual_seed(0)
+    model = HybridLM(MIXERS[request.param])
+    with torch.no_grad():  # larger than at the start, so that a leak would show
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+def random_tokens(b, l, seed=0):
+    return torch.randint(0, SHAPE.vocab_size, (b, l), generator=torch.Generator().manual_seed(seed))
+
+
+def scan_inputs(l, b=2, h=4, p=8, g=2, n=16):
+    generator = torch.Generator().manual_seed(l)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    dt, A = draw(b, l, h).exp() / 4, -draw(h).exp()
+    inputs = [draw(b, l, h, p), dt, A, draw(b, l, g, n), draw(b, l, g, n), draw(h)]
+    return [t.requires_grad_() for t in inputs]
+
+
+@pytest.mark.parametrize("l", LENGTHS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunked_scan_equals_the_recurrence_with_gradients(l, packed):
+    document_ids = torch.arange(l).div(7, rounding_mode="floor").expand(2, l) if packed else None
+    start = None if packed else torch.randn(2, 4, 16, 8)
+    results = []
+    for scan, extra in ((ssd, (16,)), (ssd_recurrence, ())):
+        inputs = scan_inputs(l)
+        y, state = scan(*inputs, *extra, document_ids=document_ids, initial_state=start)
+        (y.square().sum() + state.sum()).backward()
+        results.append([y, state, *(t.grad for t in inputs)])
+    for chunked, stepped in zip(*results, strict=True):
+        # the same sums in another order, float32
+        torch.testing.assert_close(chunked, stepped, rtol=2e-4, atol=2e-4 * stepped.abs().max().item())
+
+
+def test_recurrence_is_the_equation_of_the_paper():
+    x, dt, A, B, C, D = (t.detach().double() for t in scan_inputs(3, b=1, h=1, p=2, g=1, n=2))
+    state = torch.zeros(2, 2, dtype=torch.float64)
+    for t in range(3):
+        state = math.exp(dt[0, t, 0] * A[0]) * state + dt[0, t, 0] * torch.outer(B[0, t, 0], x[0, t, 0])
+        expected = C[0, t, 0] @ state + D[0] * x[0, t, 0]
+        got = ssd_recurrence(x, dt, A, B, C, D)[0][0, t, 0]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # ours accumulates in float32
+
+
+def test_convolution_equals_torch_conv1d():
+    x, weight, bias = torch.randn(2, 9, 6), torch.randn(6, 4), torch.randn(6)
+    conv = torch.nn.functional.conv1d(x.mT, weight[:, None], bias, padding=3, groups=6)[..., :9].mT
+    torch.testing.assert_close(causal_conv1d(x, weight, bias)[0], torch.nn.functional.silu(conv))
+
+
+def test_mixer_equals_its_recurrence_token_by_token():
+    torch.manual_seed(0)
+    mixer = Mamba2(MIXERS["mamba"])
+    mixer.init_scan()
+    for name, parameter in mixer.named_parameters():
+        if "proj" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    u = torch.randn(2, 37, SHAPE.d_model)
+    state, stepped = {}, []
+    for t in range(37):
+        stepped.append(mixer(u[:, t : t + 1], state=state))
+    torch.testing.assert_close(mixer(u), torch.cat(stepped, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_chunk_size_does_not_change_the_result():
+    losses = []
+    for chunk_size in (1, 8, 64, 256):
+        torch.manual_seed(0)
+        model = HybridLM(dataclasses.replace(MIXERS["mamba"], chunk_size=chunk_size))
+        losses.append(model(random_tokens(2, 50), targets=random_tokens(2, 50, 1)).item())
+    assert max(losses) - min(losses) < 1e-5
+
+
+def test_a_token_changes_nothing_before_it(model):
+    tokens = random_tokens(1, 40)
+    changed = tokens.clone()
+    changed[0, 21] = (changed[0, 21] + 1) % SHAPE.vocab_size
+    before, after = model(tokens), model(changed)
+    # a product of other rows may be summed in another order, so equal to rounding; what follows differs by far more
+    torch.testing.assert_close(before[:, :21], after[:, :21], rtol=0, atol=1e-6)
+    assert (before[:, 21:] - after[:, 21:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("edge", [1, 15, 16, 17, 32])  # on and off chunk edges
+def test_packed_document_cannot_see_its_neighbours(model, edge):
+    l, end = 48, edge + 11
+    document_ids = torch.zeros(1, l, dtype=torch.long)
+    document_ids[:, edge:], document_ids[:, end:] = 1, 2
+    outputs, gradients = [], []
+    for seed in (1, 2):
+        tokens = random_tokens(1, l, seed)
+        tokens[:, edge:end] = random_tokens(1, l, 99)[:, edge:end]  # the middle document stays, its neighbours change
+        embedded = []
+        handle = model.embedding.register_forward_hook(lambda m, i, o, kept=embedded: kept.append(o) or o.retain_grad())
+        logits = model(tokens, document_ids=document_ids)
+        handle.remove()
+        logits[:, edge:end].square().sum().backward()
+        outputs.append(logits[:, edge:end])
+        gradients.append(embedded[0].grad)
+    assert torch.equal(*outputs)
+    assert torch.equal(gradients[0][:, edge:end], gradients[1][:, edge:end])
+    for gradient in gradients:  # and nothing flows back to the neighbours
+        assert gradient[:, :edge].eq(0).all()
+        assert gradient[:, end:].eq(0).all()
+        assert gradient[:, edge:end].ne(0).any()
+
+
+def test_packed_loss_equals_one_document_at_a_time(model):
+    lengths, start = [5, 16, 1, 27], 0
+    tokens, targets = random_tokens(1, 49), random_tokens(1, 49, 1)
+    document_ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    packed = model(tokens, targets=targets, document_ids=document_ids).item()
+    total = 0.0
+    for length in lengths:
+        piece = slice(start, start + length)
+        total += model(tokens[:, piece], targets=targets[:, piece]).item() * length
+        start += length
+    assert abs(packed - total / 49) < 1e-5
+
+
+@torch.no_grad()
+def test_decoding_equals_the_forward_pass(model):
+    tokens = random_tokens(2, 40)
+    whole = model(tokens)
+    state, pieces = model.new_state(), []
+    for first, last in [(0, 7), (7, 8), (8, 9), (9, 26), (26, 27), (27, 40)]:  # prompts and single tokens
+        logits, state = model.step(tokens[:, first:last], state)
+        pieces.append(logits)
+    torch.testing.assert_close(whole, torch.cat(pieces, dim=1), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_prefix_can_be_continued_in_two_ways(model):
+    prefix, one, other = random_tokens(1, 10), random_tokens(1, 5, 1), random_tokens(1, 5, 2)
+    _, state = model.step(prefix, model.new_state())
+    first, _ = model.step(one, state)
+    model.step(other, state)
+    again, _ = model.step(one, state)
+    assert torch.equal(first, again)
+
+
+def test_ignored_targets_do_not_count():
+    model = HybridLM(SHAPE)
+    tokens, targets = random_tokens(1, 12), random_tokens(1, 12, 1)
+    half = targets.clone()
+    half[:, 6:] = -100
+    torch.testing.assert_close(model(tokens, targets=half), model(tokens[:, :6], targets=targets[:, :6]))
+
+
+@pytest.mark.parametrize("size", PRESETS)
+@pytest.mark.parametrize("gate", [False, True])
+def test_parameter_formula_equals_the_module(size, gate):
+    config = dataclasses.replace(PRESETS[size], attention_gate=gate)
+    with torch.device("meta"):
+        model = HybridLM(config)
+    assert sum(p.numel() for p in model.parameters()) == config.n_parameters
+
+
+@pytest.mark.parametrize(("size", "billions"), [("1.3B", 1.44), ("2.7B", 2.56), ("6.7B", 5.96), ("13B", 10.66)])
+def test_real_sizes_are_within_one_percent_of_their_counts(size, billions):
+    assert abs(PRESETS[size].n_parameters / 1e9 / billions - 1) < 0.01
+
+
+def test_start_values_are_those_of_the_papers():
+    torch.manual_seed(0)
+    config = dataclasses.replace(SHAPE, d_model=256, n_heads=4, mamba_head_dim=8, layer_pattern="MMMA")
+    model = HybridLM(config)
+    mixer = model.layers[0].mixer
+    dt, A = torch.nn.functional.softplus(mixer.dt_bias), mixer.A_log.exp()
+    assert dt.min() >= 0.00099
+    assert dt.max() <= 0.101
+    assert A.min() >= 1
+    assert A.max() <= 16
+    assert abs(model.layers[3].mixer.in_proj.q.std().item() / 0.02 - 1) < 0.05
+    assert abs(model.layers[3].mixer.out_proj.weight.std().item() / (0.02 / math.sqrt(8)) - 1) < 0.05
+    loss = model(random_tokens(4, 64), targets=random_tokens(4, 64, 1)).item()
+    assert abs(loss - math.log(config.vocab_size)) < 0.1  # it knows nothing yet
+
+
+def test_a_few_steps_learn_a_repeated_sequence():
+    torch.manual_seed(0)
+    model = HybridLM(dataclasses.replace(SHAPE, attention_gate=True))
+    tokens = random_tokens(1, 17).repeat(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
+
+
+def test_attention_is_placed_first_last_and_evenly_between():
+    assert place_attention(8, first=1, middle=1, last=1) == "AMMMAMMA"
+    pattern = place_attention(40, first=2, middle=5, last=3)
+    assert pattern.startswith("AAM")
+    assert pattern.endswith("MAAA")
+    middle = [i for i, kind in enumerate(pattern[2:-3]) if kind == "A"]
+    assert {b - a for a, b in zip(middle, middle[1:], strict=False)} == {7}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layer_pattern": "MXA"}, "M (Mamba-2) and A (attention)"),
+        ({"layer_pattern": ""}, "M (Mamba-2) and A (attention)"),
+        ({"n_heads": 3}, "d_model is not a multiple of n_heads: 32 and 3"),
+        ({"n_kv_heads": 0}, "n_heads is not a multiple of n_kv_heads: 2 and 0"),
+        ({"mamba_head_dim": 48}, "mamba_head_dim: 64 and 48"),
+    ],
+)
+def test_impossible_shapes_are_refused(change, words):
+    with pytest.raises(ValueError) as caught:
+        ModelConfig(**{**dataclasses.asdict(SHAPE), **change})
+    assert words in str(caught.value)
+
+
+def test_unknown_size_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown size '1.5B'; choose one of tiny, nano"):
+        get_preset("1.5B")
+
+
+def test_choice_keeps_to_top_k_and_top_p():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    assert choose(logits, 0, 0, 1.0, generator) == 0
+    assert {choose(logits, 2.0, 2, 1.0, generator) for _ in range(200)} == {0, 1}
+    # probabilities 0.64, 0.24, 0.09, 0.03: the first two reach 0.7
+    assert {choose(logits, 1.0, 0, 0.7, generator) for _ in range(200)} == {0, 1}
+    assert {choose(logits, 5.0, 0, 1.0, generator) for _ in range(300)} == {0, 1, 2, 3}
+
+
+def test_generation_is_repeatable_and_ends_at_a_stop_token():
+    torch.manual_seed(0)
+    model = HybridLM(SHAPE).eval()
+    first = list(generate(model, [1, 2, 3], 20, seed=7))
+    assert first == list(generate(model, [1, 2, 3], 20, seed=7))
+    assert len(first) == 20
+    assert list(generate(model, [1, 2, 3], 20, seed=7, stop_ids=(first[4],))) == first[: first.index(first[4])]
+    with pytest.raises(ValueError, match="no tokens"):
+        next(generate(model, [], 5))
+    with pytest.raises(ValueError, match="0 < top_p <= 1"):
+        next(generate(model, [1], 5, top_p=0.0))
+
+
+def test_greedy_generation_follows_the_forward_pass():
+    torch.manual_seed(0)
+    model, tokens = HybridLM(SHAPE).eval(), [5, 6, 7]
+    for token in generate(model, [5, 6, 7], 10, temperature=0):
+        assert token == model(torch.tensor([tokens]))[0, -1].argmax().item()
+        tokens.append(token)
