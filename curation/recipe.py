@@ -45,8 +45,9 @@ RECIPES = {
                 English(max_non_ascii_fraction=0.2),
                 CodeQuality(),
             ),
-            # Reference documentation, not web pages: tables, signatures and examples are its substance, and a long manual
-            # repeats its phrases. With Gopher's own limits half of the good manuals went; these cut lists and boilerplate.
+            # Reference documentation, not web pages: tables, signatures and examples are its substance, and a long
+            # manual repeats its phrases. Gopher's own limits dropped half of it, good manuals first (read, not guessed);
+            # these drop bare lists and boilerplate.
             "prose": (
                 Readable(),
                 GopherQuality(min_alphabetic_words=0.65),
@@ -54,6 +55,8 @@ RECIPES = {
                 GopherRepetition(
                     max_duplicate_lines=0.40,
                     max_duplicate_line_characters=0.30,
+                    max_duplicate_paragraphs=0.40,
+                    max_duplicate_paragraph_characters=0.30,
                     max_top_ngram=((2, 0.20), (3, 0.25), (4, 0.25)),
                     max_duplicate_ngram=((5, 0.45), (6, 0.43), (7, 0.41), (8, 0.39), (9, 0.37), (10, 0.35)),
                 ),

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 
 import jinja2
@@ -173,7 +174,7 @@ def funnel_figure(funnel):
         left = {source: left[source] - lost[source] for source in left}
         if any(lost.values()):
             stages.append((f"after {rule}", dict(left)))
-    stages.append(("train", {source: entry["train"]["tokens"] for source, entry in funnel.items()}))
+    stages.append(("trained on", {source: entry["train"]["tokens"] for source, entry in funnel.items()}))
     figure = new_figure(90 + 34 * len(stages), "tokens left", barmode="stack", bargap=0.25)
     for source, color in source_colors(funnel).items():
         figure.add_bar(
@@ -205,13 +206,13 @@ def loss_figure(metrics):
 
 
 def smoothed(values):
-    """Exponential mean over about a fiftieth of the curve, free of the pull of its start (as Adam's moments are)."""
-    decay = 1 - 1 / max(1.0, len(values) / 50)
-    total = weight = 0.0
+    """The mean around each value over a fiftieth of the curve, or over what the nearer end leaves on both sides."""
+    sums = [0.0, *accumulate(values)]
+    reach = len(values) // 100
     result = []
-    for value in values:
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        result.append(total / weight)
+    for i in range(len(values)):
+        r = min(reach, i, len(values) - 1 - i)
+        result.append((sums[i + r + 1] - sums[i - r]) / (2 * r + 1))
     return result
 
 
@@ -252,7 +253,7 @@ def yardstick_figure(held_out):
     """Bars of bits per byte for each source and for all: the model, gzip -9, the token frequencies."""
     rows = {"all": held_out["overall"], **held_out["sources"]}
     names = [f"<b>{name}</b>" if name == "all" else name for name in rows]
-    figure = new_figure(80 + 66 * len(rows), "bits per byte (fewer is better)", barmode="group", bargap=0.3)
+    figure = new_figure(80 + 72 * len(rows), "bits per byte (fewer is better)", barmode="group", bargap=0.25)
     for key, name, color in (
         ("value", "model", COLORS[0]),
         ("gzip", "gzip -9", COLORS[1]),
@@ -262,7 +263,7 @@ def yardstick_figure(held_out):
         errors = [1.96 * (row["stderr"] or 0) for row in rows.values()] if key == "value" else None
         figure.add_bar(
             orientation="h", y=names, x=values, name=name, marker_color=color,
-            text=[f"{value:.2f}" for value in values], textposition="inside", insidetextanchor="start", textangle=0, hovertemplate="%{x:.3f}",
+            text=[f"{value:.2f}" for value in values], textposition="inside", insidetextanchor="start", constraintext="none", textfont_size=11, hovertemplate="%{x:.3f}",
             error_x=dict(array=errors, color=INK, thickness=1.4, width=4) if errors else None,
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False)

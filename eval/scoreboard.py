@@ -227,7 +227,7 @@ def with_error(score):
 def verdict(row):
     """One sentence: does the model need fewer bits than gzip."""
     relation = f"{'below' if row['below_gzip'] else 'NOT below'} gzip -9 ({row['gzip']:.3f})"
-    return f"held-out bits per byte: {with_error(row)}, {relation}; unigram {row['unigram']:.3f}"
+    return f"Held-out bits per byte: {with_error(row)}, {relation}; unigram {row['unigram']:.3f}"
 
 
 def eval_folder(checkpoint):

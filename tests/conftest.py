@@ -1,16 +1,11 @@
-"""A small finished data folder and a way to start the real launcher, shared by the tests."""
+"""A small finished data folder, shared by the tests; no GPU, no network, one thread a process."""
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -50,20 +45,3 @@ def data(tmp_path_factory):
     manifest = {"format": 1, "tokenizer": vocabulary, "token_dtype": "uint16", "splits": splits, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
-
-
-def launch(*flags, processes=1, timeout=240, cwd=ROOT):
-    """Run train/launch.py as users do, with DeepSpeed's launcher on CPU processes. Returns the finished process."""
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}",
-        str(ROOT / "train/launch.py"), *map(str, flags),
-    ]  # fmt: skip
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
