@@ -1,8 +1,8 @@
 """Exact and MinHash near-duplicate detection over arrays: documents are known by their ids, never by their position.
 
-A fingerprint is made from each document alone. Then the documents of all sources are put in one order (source priority,
-then id), and in each group of duplicates the first of that order stays. The result depends neither on the order in which
-documents were read nor on how they were divided into tasks.
+A fingerprint is made from each document alone. Then the documents of all sources are put in one order (priority of the
+source, then id), and in each group of duplicates the first of that order stays. The result depends neither on the order
+in which documents were read nor on how they were divided into tasks.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _WORDS_REMEMBERED = 1 << 20
 
 
 def text_digest(text: str) -> np.ndarray:
-    """The text's identity, (2,) uint64: equal texts, equal digests. Its first number also chooses the held-out split."""
+    """The text's identity, (2,) uint64. Its numbers also choose the held-out split and the order in the shards."""
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), "<u8")
 
 

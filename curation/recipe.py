@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from curation.filters import CodeQuality, English, GopherQuality, GopherRepetition, Readable, Rule
-from curation.sources import LOCAL, Source
+from curation.sources import LOCAL, MB, Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinHash:
-    """Near duplicates: documents that share all hashes of one band. 14 x 8 over 5-grams as in FineWeb:
-    a pair of Jaccard similarity 0.75 is found with a probability of 77 %, one of 0.85 with 99 %, one of 0.5 with 5 %."""
+    """Near duplicates: documents that share all hashes of one band. 14 x 8 over 5-grams as in FineWeb.
+
+    A pair of Jaccard similarity 0.85 is found with a probability of 99 %, one of 0.75 with 77 %, one of 0.5 with 5 %.
+    """
 
     ngram_words: int = 5
     bands: int = 14
@@ -46,8 +48,8 @@ RECIPES = {
                 CodeQuality(),
             ),
             # Reference documentation, not web pages: tables, signatures and examples are its substance, and a long
-            # manual repeats its phrases. Gopher's own limits dropped half of it, good manuals first (read, not guessed);
-            # these drop bare lists and boilerplate.
+            # manual repeats its phrases. Gopher's own limits dropped half of it, good manuals among the first (found by
+            # reading); these drop bare lists and boilerplate.
             "prose": (
                 Readable(),
                 GopherQuality(min_alphabetic_words=0.65),
@@ -64,3 +66,52 @@ RECIPES = {
         },
     ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the user chooses; with the recipe it decides every byte of the data folder but the number of workers."""
+
+    recipe: str
+    limit_mb: float | None
+    vocab_size: int
+    heldout_percent: float
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {self.recipe!r}; allowed: {', '.join(RECIPES)}")
+        if self.limit_mb is not None and not self.limit_mb > 0:
+            raise ValueError(f"--limit-mb {self.limit_mb:g} reads nothing; give a number above 0, or leave it out")
+        if not 512 <= self.vocab_size <= 1_000_000:
+            raise ValueError(f"--vocab-size {self.vocab_size:,} is not between 512 and 1,000,000")
+        if not 0 < self.heldout_percent <= 50:
+            raise ValueError(f"--heldout-percent {self.heldout_percent:g} is not above 0 and at most 50")
+
+    def budget_bytes(self, source: Source) -> float:
+        return MB * min(source.budget_mb, self.limit_mb or source.budget_mb)
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings and the recipe, as they go into the manifest: plain JSON values."""
+        recipe = RECIPES[self.recipe]
+        values = {
+            **asdict(self),
+            "min_heldout_documents": recipe.min_heldout_documents,
+            "tokenizer_sample_mb": recipe.tokenizer_sample_mb,
+            "shard_tokens": recipe.shard_tokens,
+            "task_items": recipe.task_items,
+            "minhash": asdict(recipe.minhash),
+            "sources": {
+                source.name: {"kind": source.kind, "budget_mb": self.budget_bytes(source) / MB}
+                for source in recipe.sources
+            },
+            "rules": {
+                kind: [{"rule": type(rule).__name__} | asdict(rule) for rule in rules]
+                for kind, rules in recipe.rules.items()
+            },
+        }
+        return json.loads(json.dumps(values))
+
+
+def key_of(values: Any) -> str:
+    """sha256 of plain JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -22,7 +22,7 @@ MB = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class InputFile:
-    """One file of a source. `name` is its place in the source, the same on every machine; document ids begin with it."""
+    """One file of a source. `name` is its place in the source, the same on every machine, and part of document ids."""
 
     name: str
     path: str
@@ -58,8 +58,8 @@ class Source:
 def list_inputs(source: Source) -> list[InputFile]:
     """The source's files in the order in which they are read until its budget is full.
 
-    Files come in the order of the hash of their names, and in rounds: the first of each family (package, command), then
-    the second of each, so that one family with thousands of files does not fill the budget alone.
+    Files come in the order of the hash of their names, and in rounds: the first of each family (package, command),
+    then the second of each: one family with thousands of files must not fill the budget alone.
     """
     inputs = [InputFile(name=name, path=str(path), size_bytes=path.stat().st_size) for name, path in source.files()]
     inputs.sort(key=lambda file: hashlib.sha256(file.name.encode()).digest())
@@ -152,7 +152,8 @@ def read_documents(source: Source, file: InputFile) -> Iterator[RawDocument]:
             problem = "syntax_error"
     for part, part_text in documents:
         identity = f"{source.name}/{file.name}" + (f"#{part}" if part else "")
-        yield RawDocument(id=identity, text=part_text, problem=problem)
+        clean = part_text.encode(errors="replace").decode()  # a string literal may hold half a surrogate pair
+        yield RawDocument(id=identity, text=clean, problem=problem if clean == part_text else "lone_surrogate")
 
 
 def read_text(file: InputFile) -> tuple[str, str | None]:

@@ -119,7 +119,7 @@ def short(n):
 
 
 def make_figures(manifest, metrics, history):
-    """{name: an HTML fragment with one picture}; a picture without its data is not in it."""
+    """{name: (legend, HTML fragment)} of every picture whose data is there."""
     figures = {}
     if manifest:
         figures["funnel"] = funnel_figure(manifest["funnel"])
@@ -133,24 +133,29 @@ def make_figures(manifest, metrics, history):
     if history:
         figures["yardsticks"] = yardstick_figure(history[-1]["bits_per_byte"])
         figures["tasks"] = tasks_figure(history[-1]["tasks"])
-    return {
-        name: plotly.io.to_html(
-            figure, include_plotlyjs=False, full_html=False, div_id=f"figure-{name}",
-            config={"displayModeBar": False, "responsive": True},
-        )
-        for name, figure in figures.items()
-    }  # fmt: skip
+    return {name: (legend(figure), fragment(name, figure)) for name, figure in figures.items()}
+
+
+def legend(figure):
+    """[(label, color)] of a picture with more than one set of marks. The page writes it: it wraps on any width."""
+    marks = [(trace.name, trace.marker.color or trace.line.color) for trace in figure.data]
+    return marks if len(marks) > 1 else []
+
+
+def fragment(name, figure):
+    config = {"displayModeBar": False, "responsive": True}
+    return plotly.io.to_html(figure, include_plotlyjs=False, full_html=False, div_id=f"figure-{name}", config=config)
 
 
 def new_figure(height, x_title=None, y_title=None, **layout):
     figure = go.Figure(
         layout=dict(
-            height=height, margin=dict(l=8, r=8, t=8, b=8), font=dict(family=FONT, size=13, color=INK),
-            paper_bgcolor="white", plot_bgcolor="white", hoverlabel=dict(font_family=FONT), dragmode=False,
-            legend=dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom", traceorder="normal"), **layout,
+            height=height, margin={"l": 8, "r": 8, "t": 8, "b": 8}, font={"family": FONT, "size": 13, "color": INK},
+            paper_bgcolor="white", plot_bgcolor="white", hoverlabel={"font_family": FONT}, dragmode=False,
+            showlegend=False, **layout,
         )
     )  # fmt: skip
-    axis = dict(gridcolor=GRID, linecolor=FAINT, zeroline=False, automargin=True)
+    axis = {"gridcolor": GRID, "linecolor": FAINT, "zeroline": False, "automargin": True}
     figure.update_xaxes(title=x_title, **axis)
     figure.update_yaxes(title=y_title, **axis)
     return figure
@@ -158,7 +163,7 @@ def new_figure(height, x_title=None, y_title=None, **layout):
 
 def thin(rows):
     """At most MAX_POINTS of the rows, evenly spaced, the last one among them."""
-    return rows[:: -(-len(rows) // MAX_POINTS)] + rows[-1:]
+    return rows[::-1][:: -(-len(rows) // MAX_POINTS)][::-1]
 
 
 def source_colors(sources):
@@ -175,7 +180,7 @@ def funnel_figure(funnel):
         if any(lost.values()):
             stages.append((f"after {rule}", dict(left)))
     stages.append(("trained on", {source: entry["train"]["tokens"] for source, entry in funnel.items()}))
-    figure = new_figure(90 + 34 * len(stages), "tokens left", barmode="stack", bargap=0.25)
+    figure = new_figure(60 + 32 * len(stages), "tokens left", barmode="stack", bargap=0.25)
     for source, color in source_colors(funnel).items():
         figure.add_bar(
             orientation="h", name=source, marker_color=color, y=[label for label, _ in stages],
@@ -192,12 +197,12 @@ def loss_figure(metrics):
     rows = thin(list(zip(x, [row["loss"] for row in metrics], smooth, strict=True)))
     x, raw, smooth = zip(*rows, strict=True)
     heldout = [row for row in metrics if "heldout_loss" in row]
-    figure = new_figure(400, "training tokens", "nats per token", hovermode="x unified")
-    figure.add_scatter(x=x, y=raw, name="train, each step", line=dict(color="#c9d6e4", width=1))
-    figure.add_scatter(x=x, y=smooth, name="train, smoothed", line=dict(color=COLORS[0], width=2.2))
+    figure = new_figure(360, "training tokens", "nats per token", hovermode="x unified")
+    figure.add_scatter(x=x, y=raw, name="train, each step", line={"color": "#c9d6e4", "width": 1})
+    figure.add_scatter(x=x, y=smooth, name="train, smoothed", line={"color": COLORS[0], "width": 2.2})
     figure.add_scatter(
         x=[row["tokens"] for row in heldout], y=[row["heldout_loss"] for row in heldout], name="held-out",
-        mode="lines+markers", line=dict(color=COLORS[1], width=2), marker_size=7,
+        mode="lines+markers", line={"color": COLORS[1], "width": 2}, marker_size=7,
     )  # fmt: skip
     # the first steps start at ln(vocabulary) and would press the rest flat
     top, low = smooth[min(len(smooth) - 1, len(smooth) // 50)], min(raw)
@@ -206,21 +211,17 @@ def loss_figure(metrics):
 
 
 def smoothed(values):
-    """The mean around each value over a fiftieth of the curve, or over what the nearer end leaves on both sides."""
-    sums = [0.0, *accumulate(values)]
-    reach = len(values) // 100
-    result = []
-    for i in range(len(values)):
-        r = min(reach, i, len(values) - 1 - i)
-        result.append((sums[i + r + 1] - sums[i - r]) / (2 * r + 1))
-    return result
+    """The mean around each value over a fiftieth of the curve (less at its two ends)."""
+    sums, reach, n = [0.0, *accumulate(values)], len(values) // 100, len(values)
+    edges = [(max(0, i - reach), min(n, i + reach + 1)) for i in range(n)]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in edges]
 
 
 def curve_figure(metrics, key, color):
     rows = thin(metrics)
     figure = new_figure(240, "training tokens", hovermode="x")
     figure.add_scatter(
-        x=[row["tokens"] for row in rows], y=[row[key] for row in rows], line=dict(color=color, width=1.6)
+        x=[row["tokens"] for row in rows], y=[row[key] for row in rows], line={"color": color, "width": 1.6}
     )
     figure.update_yaxes(rangemode="tozero")
     return figure
@@ -230,20 +231,20 @@ def heldout_figure(metrics, history):
     """Held-out bits per byte by source while training ran, and the full scores of the checkpoints that have them."""
     rows = [row for row in metrics if "heldout_bits_per_byte" in row]
     tokens = [row["tokens"] for row in rows]
-    figure = new_figure(380, "training tokens", "bits per byte", hovermode="x unified")
+    figure = new_figure(340, "training tokens", "bits per byte", hovermode="x unified")
     for source, color in source_colors(rows[0]["heldout_bits_per_byte_by_source"]).items():
         y = [row["heldout_bits_per_byte_by_source"].get(source) for row in rows]
         figure.add_scatter(
-            x=tokens, y=y, name=source, mode="lines+markers", line=dict(color=color, width=1.6), marker_size=5
+            x=tokens, y=y, name=source, mode="lines+markers", line={"color": color, "width": 1.6}, marker_size=5
         )
     y = [row["heldout_bits_per_byte"] for row in rows]
-    figure.add_scatter(x=tokens, y=y, name="all", mode="lines+markers", line=dict(color=INK, width=3), marker_size=6)
+    figure.add_scatter(x=tokens, y=y, name="all", mode="lines+markers", line={"color": INK, "width": 3}, marker_size=6)
     if history:
         figure.add_scatter(
             x=[scores["checkpoint"]["tokens_seen"] for scores in history],
             y=[scores["bits_per_byte"]["overall"]["value"] for scores in history],
             name="all, full evaluation", mode="markers",
-            marker=dict(symbol="diamond-open", size=13, color=INK, line_width=2),
+            marker={"symbol": "diamond-open", "size": 13, "color": INK, "line_width": 2},
         )  # fmt: skip
     figure.update_yaxes(hoverformat=".3f")
     return figure
@@ -253,18 +254,19 @@ def yardstick_figure(held_out):
     """Bars of bits per byte for each source and for all: the model, gzip -9, the token frequencies."""
     rows = {"all": held_out["overall"], **held_out["sources"]}
     names = [f"<b>{name}</b>" if name == "all" else name for name in rows]
-    figure = new_figure(80 + 72 * len(rows), "bits per byte (fewer is better)", barmode="group", bargap=0.25)
-    for key, name, color in (
-        ("value", "model", COLORS[0]),
-        ("gzip", "gzip -9", COLORS[1]),
-        ("unigram", "unigram", FAINT),
+    figure = new_figure(50 + 72 * len(rows), "bits per byte (fewer is better)", barmode="group", bargap=0.25)
+    for key, name, color, text_color in (
+        ("value", "model", COLORS[0], "white"),
+        ("gzip", "gzip -9", COLORS[1], INK),
+        ("unigram", "unigram", FAINT, INK),
     ):
         values = [row[key] for row in rows.values()]
         errors = [1.96 * (row["stderr"] or 0) for row in rows.values()] if key == "value" else None
         figure.add_bar(
-            orientation="h", y=names, x=values, name=name, marker_color=color,
-            text=[f"{value:.2f}" for value in values], textposition="inside", insidetextanchor="start", constraintext="none", textfont_size=11, hovertemplate="%{x:.3f}",
-            error_x=dict(array=errors, color=INK, thickness=1.4, width=4) if errors else None,
+            orientation="h", y=names, x=values, name=name, marker_color=color, hovertemplate="%{x:.3f}",
+            text=[f"{value:.2f}" for value in values], textposition="inside", insidetextanchor="start",
+            constraintext="none", textfont={"size": 11, "color": text_color},
+            error_x={"array": errors, "color": INK, "thickness": 1.4, "width": 4} if errors else None,
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
@@ -279,15 +281,15 @@ def tasks_figure(tasks):
         if metric.startswith("acc")
     ]
     labels = [label for label, _, _ in rows]
-    figure = new_figure(110 + 46 * len(rows), "accuracy (the line spans the 95 % interval)")
+    figure = new_figure(60 + 46 * len(rows), "accuracy")
     figure.add_scatter(
-        x=[score["value"] for _, score, _ in rows], y=labels, name="model", mode="markers",
-        marker=dict(size=11, color=COLORS[0]), hovertemplate="%{x:.1%}",
-        error_x=dict(array=[1.96 * (score["stderr"] or 0) for _, score, _ in rows], thickness=2, width=6),
+        x=[score["value"] for _, score, _ in rows], y=labels, name="model, 95 % interval", mode="markers",
+        marker={"size": 11, "color": COLORS[0]}, hovertemplate="%{x:.1%}",
+        error_x={"array": [1.96 * (score["stderr"] or 0) for _, score, _ in rows], "thickness": 2, "width": 6},
     )  # fmt: skip
     figure.add_scatter(
         x=[chance for _, _, chance in rows], y=labels, name="chance", mode="markers", hovertemplate="%{x:.0%}",
-        marker=dict(symbol="line-ns-open", size=24, color=COLORS[3], line_width=3),
+        marker={"symbol": "line-ns-open", "size": 24, "color": COLORS[3], "line_width": 3},
     )  # fmt: skip
     highest = max(max(score["value"] + 2 * (score["stderr"] or 0), chance or 0) for _, score, chance in rows)
     figure.update_xaxes(tickformat=".0%", range=[-0.01, min(1.01, 1.15 * highest + 0.02)])

@@ -117,7 +117,7 @@ def read_documents(folder, manifest, limit):
             files[task, None] = manifest["tasks"][task]["file"]
     documents = {}
     for key, name in files.items():
-        with open(folder / name, "rb") as lines:
+        with (folder / name).open("rb") as lines:
             items = [json.loads(line) for line in islice(lines, limit)]
         if items:
             documents[key] = items

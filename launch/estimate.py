@@ -1,6 +1,6 @@
 """What a run needs, before anything is spent. Needs no torch.
 
-    python launch/estimate.py --size 6.7B --json
+python launch/estimate.py --size 6.7B --json
 """
 
 import argparse

@@ -11,8 +11,8 @@ from model.reference import attention, rotary
 class Attention(nn.Module):
     """Causal self-attention (b, l, d) -> (b, l, d) that stays within documents.
 
-    The gate (arXiv:2505.06708, "G1") is a sigmoid of the layer's input, one value a channel, multiplied onto the heads'
-    outputs: a head can say nothing without attending to a sink.
+    The gate (arXiv:2505.06708, "G1") is a sigmoid of the layer's input, one value a channel, multiplied onto the
+    heads' outputs: a head can say nothing without attending to a sink.
     """
 
     def __init__(self, config):

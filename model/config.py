@@ -3,13 +3,13 @@
 Needs no torch, so that a laptop can plan a run:  PRESETS["1.3B"].n_parameters
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder of Mamba-2 and attention layers, each followed by a SwiGLU. Raises ValueError for a shape that cannot be.
+    """A decoder of Mamba-2 and attention layers, each followed by a SwiGLU. ValueError for a shape that cannot be.
 
     The notation is the Mamba-2 paper's (arXiv:2405.21060) and mamba_ssm's.
     """
@@ -28,7 +28,7 @@ class ModelConfig:
     d_conv: int = 4                # width of the causal convolution
     expand: int = 2                # d_inner / d_model
     chunk_size: int = 256          # Q, positions that the scan handles as one matrix product; changes speed only
-    attention_gate: bool = False   # a sigmoid of the layer's input scales each attention output (arXiv:2505.06708)
+    attention_gate: bool = False   # a sigmoid of the layer's input scales the heads' outputs
     rope_theta: float = 10000.0    # base of the rotary angles (arXiv:2104.09864)
     norm_eps: float = 1e-5
     # fmt: on
@@ -37,7 +37,7 @@ class ModelConfig:
         bad = sorted(set(self.layer_pattern) - set("MA"))
         if bad or not self.layer_pattern:
             raise ValueError(
-                f"layer pattern {self.layer_pattern!r} is not a string of M (Mamba-2) and A (attention), one letter a layer"
+                f"layer pattern {self.layer_pattern!r} is not a string of M (Mamba-2) and A (attention)"
             )
         for total, part, what in (
             (self.d_model, self.n_heads, "d_model is not a multiple of n_heads"),
@@ -147,7 +147,8 @@ def _real(n_layers, *, d_model, d_ff, first, middle, last):
     )
 
 
-_NANO = dict(
+# learns on two CPU cores in minutes
+_NANO = ModelConfig(
     d_model=128, layer_pattern="MMAMMA", n_heads=4, n_kv_heads=2, d_ff=384, seq_len=256,
     vocab_size=4096, d_state=32, mamba_head_dim=32, chunk_size=64,
 )  # fmt: skip
@@ -156,8 +157,8 @@ _NANO = dict(
 PRESETS = {
     "tiny":       ModelConfig(d_model=32, layer_pattern="MA", n_heads=2, n_kv_heads=1, d_ff=64, seq_len=64,
                               vocab_size=512, d_state=16, mamba_head_dim=16, chunk_size=16),  # for tests
-    "nano":       ModelConfig(**_NANO),                        # learns on two CPU cores in minutes
-    "nano-gated": ModelConfig(**_NANO, attention_gate=True),
+    "nano":       _NANO,
+    "nano-gated": replace(_NANO, attention_gate=True),
     # d_ff: multiples of 256, so that every matrix product fills the tensor cores' tiles
     "1.3B":       _real(24, d_model=2048, d_ff=4864, first=1, middle=3, last=2),
     "2.7B":       _real(32, d_model=2560, d_ff=4864, first=2, middle=4, last=2),

@@ -31,7 +31,8 @@ def generate(model, prompt_ids, max_tokens, *, temperature=0.8, top_k=0, top_p=1
         raise ValueError("the prompt has no tokens; begin with the separator")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: allowed are temperature >= 0, top_k >= 0, 0 < top_p <= 1"
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: "
+            "allowed are temperature >= 0, top_k >= 0, 0 < top_p <= 1"
         )
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

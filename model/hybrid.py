@@ -1,7 +1,7 @@
 """The network: embedding, layers of a mixer and a SwiGLU each, norm, head.
 
-    model = HybridLM(PRESETS["nano"])
-    loss = model(tokens, targets=targets, document_ids=document_ids)
+model = HybridLM(PRESETS["nano"])
+loss = model(tokens, targets=targets, document_ids=document_ids)
 """
 
 import torch
@@ -45,7 +45,7 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal of 0.02; the two projections of a layer that write to the residual stream, 0.02 / sqrt(2 n_layers)."""
+        """Normal of 0.02; a layer's two projections that write to the residual stream, 0.02 / sqrt(2 n_layers)."""
         residual_std = INIT_STD * (2 * self.config.n_layers) ** -0.5
         for module in self.modules():
             if isinstance(module, Mamba2):
@@ -67,7 +67,7 @@ class HybridLM(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens, targets=None, document_ids=None):
-        """Logits (b, l, vocab) in float32, or with targets (b, l) the mean loss in nats over targets that are not -100."""
+        """Logits (b, l, vocab) in float32; with targets (b, l), the mean loss in nats over those that are not -100."""
         logits = self.head(self.hidden(tokens, document_ids)).float()
         if targets is None:
             return logits

@@ -26,9 +26,7 @@ def data(tmp_path_factory):
         entries = {}
         for source, documents in sources.items():
             stem = f"{split}/{source}-00000"
-            counts = write_shard(
-                folder / stem, tokenizer.encode_batch(documents), tokenizer.separator_id, "uint16"
-            )
+            counts = write_shard(folder / stem, tokenizer.encode_batch(documents), tokenizer.separator_id, "uint16")
             entries[source] = {
                 "documents": counts.documents,
                 "tokens": counts.tokens,

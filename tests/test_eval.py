@@ -22,7 +22,22 @@ from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
 from model.config import ModelConfig
 from model.hybrid import HybridLM
 
-WORDS = ["the", "model", "reads", "one", "token", "after", "another", "and", "keeps", "what", "in", "a", "small", "state"]
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "one",
+    "token",
+    "after",
+    "another",
+    "and",
+    "keeps",
+    "what",
+    "in",
+    "a",
+    "small",
+    "state",
+]
 
 
 def make_text(seed, n_words):

@@ -123,7 +123,9 @@ def test_packed_document_cannot_see_its_neighbours(model, edge):
         tokens = random_tokens(1, l, seed)
         tokens[:, edge:end] = random_tokens(1, l, 99)[:, edge:end]  # the middle document stays, its neighbours change
         embedded = []
-        handle = model.embedding.register_forward_hook(lambda m, i, o, kept=embedded: kept.append(o) or o.retain_grad())
+        handle = model.embedding.register_forward_hook(
+            lambda m, i, o, kept=embedded: kept.append(o) or o.retain_grad()
+        )
         logits = model(tokens, document_ids=document_ids)
         handle.remove()
         logits[:, edge:end].square().sum().backward()

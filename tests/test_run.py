@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
+from launching import ROOT, launch
 from safetensors import safe_open
 
-from launching import ROOT, launch
 from train.checkpoint import load_checkpoint, newest_whole
 from train.run_dir import RunDir, read_metrics
 
@@ -205,7 +205,9 @@ def test_bad_input_gets_one_line_and_exit_code_2_from_two_processes(tmp_path):
     run = tmp_path / "run"
     code, lines = refusal("--size", "nano", "--data", tmp_path / "none", "--run", run, processes=2)
     assert code == 2
-    assert lines == [f"error: data folder {tmp_path}/none does not exist; make it with: make curate OUT={tmp_path}/none"]
+    assert lines == [
+        f"error: data folder {tmp_path}/none does not exist; make it with: make curate OUT={tmp_path}/none"
+    ]
     assert not run.exists()
 
 

@@ -141,7 +141,7 @@ def test_steps_default_to_one_pass_over_the_data():
     ("changes", "words"),
     [
         ({"size": "7B"}, "unknown size '7B'; choose one of"),
-        ({"batch_tokens": 1000}, "--batch-tokens 1,000 is not a multiple of 512 (2 processes x 4 sequences x 64 tokens); "
+        ({"batch_tokens": 1000}, "1,000 is not a multiple of 512 (2 processes x 4 sequences x 64 tokens); "
                                  "nearest: 512 or 1,024"),
         ({"batch_tokens": 100}, "nearest: 512 or 1,024"),
         ({"steps": 0}, "--steps 0 is too small; allowed: 1 or more"),
@@ -267,4 +267,3 @@ def test_parameters_that_must_not_decay_do_not():
     assert all("norm" in name or "embedding" in name for name in kept_names if name.endswith(".weight"))
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-

@@ -39,7 +39,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank owns of one parameter: elements start to start + numel of its flat float32 master copy."""
+    """What this rank owns of a parameter: elements start to start + numel of its flat float32 master copy."""
 
     name: str
     start: int
@@ -66,7 +66,7 @@ def torch_optimizer(engine):
 def owned_pieces(engine):
     """The pieces that this rank owns, in ZeRO stages 1 to 3; together the ranks own each element once.
 
-    Reads DeepSpeed 0.19's own maps from parameters to flat shards: `_hp_mapping` (stages 1 and 2), `grad_position` (3).
+    Reads DeepSpeed 0.19's maps from parameters to flat shards: `_hp_mapping` (stages 1 and 2), `grad_position` (3).
     """
     stage, optimizer, pieces = engine.zero_optimization_stage(), engine.optimizer, []
     for name, parameter in engine.module.named_parameters():
@@ -137,7 +137,7 @@ def _write_rank_file(engine, path):
 
 
 def restore_optimizer(engine, checkpoint):
-    """Put the checkpoint's float32 weights and moments into an engine whose module has its weights. All ranks call it."""
+    """Put the checkpoint's float32 weights and moments into an engine whose module has its weights. All ranks."""
     optimizer, stored = torch_optimizer(engine), checkpoint.stored_pieces
     for piece in owned_pieces(engine):
         state = optimizer.state[piece.flat]
@@ -148,7 +148,7 @@ def restore_optimizer(engine, checkpoint):
 
 
 def _copy_stretch(target, pieces, start):
-    """Fill flat `target`, elements start.. of a parameter, from the stored pieces [(file, key, start, numel)] of it."""
+    """Fill `target`, a parameter's elements from `start` on, from its stored pieces [(file, key, start, numel)]."""
     for file, key, piece_start, piece_numel in pieces:
         first, last = max(start, piece_start), min(start + target.numel(), piece_start + piece_numel)
         if first < last:
@@ -221,13 +221,19 @@ def load_checkpoint(path):
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; give a folder such as runs/demo/checkpoints/step_0000400")
+        raise FileNotFoundError(
+            f"checkpoint {path} does not exist; give a folder such as runs/demo/checkpoints/step_0000400"
+        )
     if not (path / MANIFEST).is_file():
-        raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}; give a folder such as .../checkpoints/step_0000400")
+        raise ValueError(
+            f"{path} is not a checkpoint: it has no {MANIFEST}; give a folder such as .../checkpoints/step_0000400"
+        )
     manifest = read_json(path / MANIFEST)
     fields = {"format", "step", "tokens", "shapes", "run", "files"}
     if not isinstance(manifest, dict) or set(manifest) != fields or manifest["format"] != FORMAT:
-        raise ValueError(f"{path / MANIFEST} is not the manifest of a checkpoint that this version reads (format {FORMAT})")
+        raise ValueError(
+            f"{path / MANIFEST} is not the manifest of a checkpoint that this version reads (format {FORMAT})"
+        )
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -238,7 +244,9 @@ def load_checkpoint(path):
                 "take another checkpoint"
             )
         if file_sha256(file) != entry["sha256"]:
-            raise ValueError(f"checkpoint {path} is damaged: the content of {name} has changed; take another checkpoint")
+            raise ValueError(
+                f"checkpoint {path} is damaged: the content of {name} has changed; take another checkpoint"
+            )
     del manifest["format"]
     return Checkpoint(path=path, **manifest)
 

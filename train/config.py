@@ -12,8 +12,9 @@ from typing import Any, get_args
 from model.config import ModelConfig, get_preset
 
 
-def option(default=dataclasses.MISSING, *, help):
-    return field(default=default, metadata={"help": help})
+def option(default=dataclasses.MISSING, *, least=None, help):
+    """A field that is a flag. least: the smallest value allowed, checked by make_plan."""
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +25,23 @@ class TrainConfig:
     size: str = option(help="a name in model.config.PRESETS: nano, nano-gated, 1.3B, 2.7B, 6.7B, 13B ...")
     data: str = option(help="a data folder, made by curation.pipeline")
     run: str = option(help="the run's folder, for example runs/demo")
-    steps: int | None = option(None, help="optimizer steps; the length of the learning-rate schedule (default: one pass over the data)")
-    stop_after: int | None = option(None, help="save and stop after this step, short of the schedule's end (default: go to the end)")
-    batch_tokens: int | None = option(None, help="tokens in one optimizer step, over all GPUs (default: the size's)")
-    micro_batch: int | None = option(None, help="sequences a GPU works on at a time (default: the size's)")
+    steps: int | None = option(None, least=1, help="optimizer steps; the length of the learning-rate schedule (default: one pass over the data)")
+    stop_after: int | None = option(None, least=1, help="save and stop after this step, short of the schedule's end (default: go to the end)")
+    batch_tokens: int | None = option(None, least=1, help="tokens in one optimizer step, over all GPUs (default: the size's)")
+    micro_batch: int | None = option(None, least=1, help="sequences a GPU works on at a time (default: the size's)")
     lr: float | None = option(None, help="peak learning rate (default: the size's)")
     min_lr: float = option(0.1, help="the last learning rate, as a part of the peak")
-    warmup_steps: int | None = option(None, help="steps of linear warm-up (default: 2000, at most a tenth of the steps)")
-    weight_decay: float = option(0.1, help="AdamW's decoupled decay, on the weight matrices of the layers and the head")
+    warmup_steps: int | None = option(None, least=0, help="steps of linear warm-up (default: 2000, at most a tenth of the steps)")
+    weight_decay: float = option(0.1, least=0, help="AdamW's decoupled decay, on the weight matrices of the layers and the head")
     beta1: float = option(0.9, help="AdamW's first decay rate")
     beta2: float = option(0.95, help="AdamW's second decay rate")
-    clip: float = option(1.0, help="largest norm of the whole gradient; 0 switches clipping off")
-    seed: int = option(1234, help="of the first weights and of the order of the data")
+    clip: float = option(1.0, least=0, help="largest norm of the whole gradient; 0 switches clipping off")
+    seed: int = option(1234, least=0, help="of the first weights and of the order of the data")
     ds_config: str | None = option(None, help="a DeepSpeed JSON (default: ds_configs/zero2.json, or cpu.json where there is no GPU)")
-    save_every: int = option(1000, help="steps between checkpoints; 0 saves only at the end")
-    keep: int = option(5, help="checkpoints to keep; older ones are deleted; 0 keeps all")
-    eval_every: int = option(500, help="steps between measurements of the held-out loss; 0 leaves them out")
-    eval_tokens: int = option(1_000_000, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
+    save_every: int = option(1000, least=0, help="steps between checkpoints; 0 saves only at the end")
+    keep: int = option(5, least=0, help="checkpoints to keep; older ones are deleted; 0 keeps all")
+    eval_every: int = option(500, least=0, help="steps between measurements of the held-out loss; 0 leaves them out")
+    eval_tokens: int = option(1_000_000, least=0, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
     resume: bool = option(False, help="go on from the run's newest whole checkpoint")
     verify_data: bool = option(True, help="compare the sha256 of every shard with the manifest before training")
     # fmt: on
@@ -84,23 +85,22 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
     model = get_preset(config.size)
     # the next multiple of 128: the head's matrix product then fills whole tiles
     model = dataclasses.replace(model, vocab_size=-(-vocab_size // 128) * 128)
-    given = {name: getattr(config, name) for name in SIZE_DEFAULTS[config.size]}
-    chosen = {name: default if given[name] is None else given[name] for name, default in SIZE_DEFAULTS[config.size].items()}
-    batch_tokens, micro_batch, lr = chosen["batch_tokens"], chosen["micro_batch"], chosen["lr"]
-
-    for name, value, least in (
-        ("--batch-tokens", batch_tokens, 1), ("--micro-batch", micro_batch, 1), ("--steps", config.steps, 1),
-        ("--stop-after", config.stop_after, 1), ("--warmup-steps", config.warmup_steps, 0), ("--save-every", config.save_every, 0),
-        ("--keep", config.keep, 0), ("--eval-every", config.eval_every, 0), ("--eval-tokens", config.eval_tokens, 0),
-        ("--clip", config.clip, 0), ("--weight-decay", config.weight_decay, 0), ("--seed", config.seed, 0),
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise ValueError(f"{name} {value} is too small; allowed: {least} or more")
+    for f in dataclasses.fields(config):
+        value, least = getattr(config, f.name), f.metadata["least"]
+        if least is not None and value is not None and value < least:
+            raise ValueError(f"{flag(f.name)} {value} is too small; allowed: {least} or more")
+    defaults = SIZE_DEFAULTS[config.size]
+    batch_tokens, micro_batch, lr = (
+        defaults[name] if getattr(config, name) is None else getattr(config, name)
+        for name in ("batch_tokens", "micro_batch", "lr")
+    )
     for name, value in (("--beta1", config.beta1), ("--beta2", config.beta2)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} {value} is out of range; allowed: 0 <= {name[2:]} < 1")
     if lr <= 0 or not 0 <= config.min_lr <= 1:
-        raise ValueError(f"--lr {lr} and --min-lr {config.min_lr}: allowed are lr > 0 and 0 <= min-lr <= 1 (a part of lr)")
+        raise ValueError(
+            f"--lr {lr} and --min-lr {config.min_lr}: allowed are lr > 0 and 0 <= min-lr <= 1 (a part of lr)"
+        )
 
     per_round = world_size * micro_batch * model.seq_len
     if batch_tokens % per_round:
@@ -132,10 +132,15 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
     )
 
 
+def flag(name):
+    """micro_batch -> --micro-batch"""
+    return "--" + name.replace("_", "-")
+
+
 def add_flags(parser, config_class):
     """One flag for each field of a frozen dataclass: --like-this, with the field's help and default."""
     for f in dataclasses.fields(config_class):
-        flag, required = "--" + f.name.replace("_", "-"), f.default is dataclasses.MISSING
+        required = f.default is dataclasses.MISSING
         shown = f.metadata["help"]
         if not required and f.default is not None:
             shown += f" (default: {f.default})"
@@ -145,6 +150,8 @@ def add_flags(parser, config_class):
         if f.type is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         else:
-            value_type = next(t for t in get_args(f.type) if t is not type(None)) if isinstance(f.type, UnionType) else f.type
+            value_type = (
+                next(t for t in get_args(f.type) if t is not type(None)) if isinstance(f.type, UnionType) else f.type
+            )
             arguments |= {"type": value_type, "metavar": value_type.__name__.upper()}
-        parser.add_argument(flag, **arguments)
+        parser.add_argument(flag(f.name), **arguments)

@@ -1,9 +1,9 @@
 """Batches from a data folder, in an order that depends on the seed and the step alone.
 
 The training split is one long stream of tokens, cut into sequences of seq_len whose targets are the tokens one place
-on. An epoch is every sequence once, shuffled anew each time; the tail that fills no sequence (less than seq_len tokens)
-is left out. Step s takes the next batch_sequences of the endless row of epochs, whatever the number of processes, so a
-run goes on at any step on any machine.
+on. An epoch is every sequence once, shuffled anew each time; the tail that fills no sequence (at most seq_len tokens)
+is left out. Step s takes the next batch_sequences of the endless row of epochs, whatever the number of processes, so
+a run goes on at any step on any machine.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,9 @@ def read_sequences(stream: TokenStream, indices, seq_len, device):
             rows[row], document_ids[row] = stream.read(int(index) * seq_len, seq_len + 1)
     targets = np.where(np.asarray(indices)[:, None] >= 0, rows[:, 1:], IGNORED_TARGET)
     # targets are not masked at document ends: the separator there is predicted from its own document alone
-    return Batch(*(torch.from_numpy(a).to(device) for a in (rows[:, :-1].copy(), targets, document_ids[:, :-1].copy())))
+    return Batch(
+        *(torch.from_numpy(a).to(device) for a in (rows[:, :-1].copy(), targets, document_ids[:, :-1].copy()))
+    )
 
 
 def sequence_indices(step, n, plan, seed, rank, world_size):

@@ -1,8 +1,8 @@
 """DeepSpeed's JSON, checked and completed, and the engine made from it. The only place that merges the two.
 
 A JSON of ds_configs/ says how memory and communication are arranged. What a run is (batch, rate, clipping ...) are
-flags. DeepSpeed itself ignores top-level keys that it does not know (0.19.8), so a typing error would silently give its
-default: here every key is known or refused.
+flags. DeepSpeed itself ignores top-level keys that it does not know (0.19.8), so a typing error would silently give
+its default: here every key is known or refused.
 """
 
 import difflib
@@ -35,7 +35,15 @@ KNOWN_KEYS = {
     "steps_per_print": None,
     "disable_python_gc": None,
     "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
-    "aio": {"block_size", "queue_depth", "thread_count", "single_submit", "overlap_events", "use_gds", "intra_op_parallelism"},
+    "aio": {
+        "block_size",
+        "queue_depth",
+        "thread_count",
+        "single_submit",
+        "overlap_events",
+        "use_gds",
+        "intra_op_parallelism",
+    },
 }
 OWNED_KEYS = {
     "train_batch_size": "--batch-tokens",
@@ -73,12 +81,16 @@ def read_ds_config(path):
         raise ValueError(f"--ds-config {path} holds a {type(settings).__name__}; it must be one JSON object")
     for key, value in settings.items():
         if key in OWNED_KEYS:
-            raise ValueError(f"--ds-config {path} sets {key!r}, which belongs to {OWNED_KEYS[key]}; take it out of the file")
+            raise ValueError(
+                f"--ds-config {path} sets {key!r}, which belongs to {OWNED_KEYS[key]}; take it out of the file"
+            )
         if key not in KNOWN_KEYS:
             raise _unknown(f"--ds-config {path}", key, KNOWN_KEYS)
         if KNOWN_KEYS[key] is not None:
             if not isinstance(value, dict):
-                raise ValueError(f"--ds-config {path}: {key!r} must be an object with some of {sorted(KNOWN_KEYS[key])}")
+                raise ValueError(
+                    f"--ds-config {path}: {key!r} must be an object with some of {sorted(KNOWN_KEYS[key])}"
+                )
             for inner in value:
                 if inner not in KNOWN_KEYS[key]:
                     raise _unknown(f"--ds-config {path}, {key!r},", inner, KNOWN_KEYS[key])
@@ -89,7 +101,9 @@ def read_ds_config(path):
         where = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"--ds-config {path}, 'zero_optimization': {where}: {first['msg']}") from None
     if zero.stage == 0:  # DeepSpeed then keeps no float32 copy of bf16 weights, and no gradient norm
-        raise ValueError(f"--ds-config {path} has no zero_optimization.stage of 1, 2 or 3; stage 2 suits every size here")
+        raise ValueError(
+            f"--ds-config {path} has no zero_optimization.stage of 1, 2 or 3; stage 2 suits every size here"
+        )
     return settings
 
 

@@ -1,6 +1,6 @@
 """Train one model on every GPU (or, without GPUs, process) that the launcher gives us.
 
-    deepspeed --num_gpus=8 train/launch.py --size 6.7B --data data/eight --run runs/6.7B
+deepspeed --num_gpus=8 train/launch.py --size 6.7B --data data/eight --run runs/6.7B
 """
 
 import argparse
@@ -26,7 +26,9 @@ def main(argv=None):
     flags = vars(parser.parse_args(argv))
     flags.pop("local_rank")
     rank = int(os.environ.get("RANK", 0))
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed"
+    )  # DeepSpeed's calls, not ours
     from train.loop import Stopped, train  # here, so that --help does not wait for torch
 
     try:

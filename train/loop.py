@@ -70,8 +70,8 @@ def train(config):
         metrics = Metrics(run_dir.metrics, start + 1, plan.last_step)
         going = f"goes on from step {start}" if start else "starts"
         metrics.say(
-            f"{config.run} {going}: {config.size}, {plan.model.n_parameters:,} parameters, {world_size} processes x "
-            f"{plan.grad_accum} x {plan.micro_batch} sequences of {plan.model.seq_len} tokens, to step {plan.last_step:,}"
+            f"{config.run} {going}, to step {plan.last_step:,}: {config.size}, {plan.model.n_parameters:,} parameters, "
+            f"{world_size} processes x {plan.grad_accum} x {plan.micro_batch} sequences of {plan.model.seq_len} tokens"
         )
 
     batches = training_batches(stream, plan, config.seed, rank, world_size, start + 1, device)
@@ -97,7 +97,9 @@ def train(config):
             "grad_norm": float(engine.get_global_grad_norm()),
         }
         if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"the loss of step {step} is {mean_loss}; the last checkpoint is of step {saved_step}")
+            raise FloatingPointError(
+                f"the loss of step {step} is {mean_loss}; the last checkpoint is of step {saved_step}"
+            )
         last = step == plan.last_step or must_stop
         if config.eval_every and (step % config.eval_every == 0 or (step == plan.last_step and not must_stop)):
             row |= heldout_loss(engine, config.data, plan, config.eval_tokens)
@@ -128,7 +130,8 @@ def start_processes(rank, world_size):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:  # else DeepSpeed compiles a shared-memory all-reduce at every first start: g++ is needed, and a stale lock hangs
+    else:
+        # DeepSpeed would compile a shared-memory all-reduce at the first start: g++ is needed, a stale lock hangs it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class Metrics:
-    """Appends one object a step to a file and keeps a progress line: step, loss, tokens/s, rate, gradient norm, time left."""
+    """Appends an object a step to a file; keeps a progress line: step, loss, tokens/s, rate, gradient, time left."""
 
     def __init__(self, path, first_step, last_step):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,8 +25,8 @@ class Metrics:
         row = {**row, "seconds": round(time.monotonic() - self.started, 3)}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        text = f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tok/s, lr {row['lr']:.2e}, grad {row['grad_norm']:.2f}"
-        self.bar.set_postfix_str(text, refresh=False)
+        speed, rate, norm = f"{row['tokens_per_s']:,.0f} tok/s", f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.2f}"
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed}, {rate}, {norm}", refresh=False)
         self.bar.update()
 
     def say(self, line):

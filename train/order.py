@@ -16,8 +16,8 @@ def _mix(value, key):
 def shuffled(index, n, seed):
     """Where each of `index` (ints in [0, n)) goes in the seed-th permutation of range(n), as int64.
 
-    Any part of the permutation costs only itself, so a run can go on at any step, and, being arithmetic on integers, it
-    is the same on every machine and with every version of numpy.
+    Any part of the permutation costs only itself, so a run can go on at any step; being arithmetic on integers, it is
+    the same on every machine and with every version of numpy.
     """
     half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)

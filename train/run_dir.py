@@ -1,11 +1,11 @@
 """A run's folder: what lies where, the record of what it is, and whether it may go on.
 
-    runs/demo/
-        config.json                     the resolved configuration, written before step 1
-        metrics.jsonl                   one object a step
-        checkpoints/step_0000400/       see train/checkpoint.py
-        eval/step_0000400.json          scores of that checkpoint
-        report.html
+runs/demo/
+    config.json                     the resolved configuration, written before step 1
+    metrics.jsonl                   one object a step
+    checkpoints/step_0000400/       see train/checkpoint.py
+    eval/step_0000400.json          scores of that checkpoint
+    report.html
 """
 
 import json
@@ -69,7 +69,8 @@ def flatten(value, prefix=""):
     """{"run": {"seed": 1}} -> {"run.seed": 1}"""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{prefix}.{key}" if prefix else key).items()}
+    inner = [flatten(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
+    return {key: item for flat in inner for key, item in flat.items()}
 
 
 def differences(before, now):
