@@ -1,8 +1,8 @@
 """Exact and MinHash near-duplicate detection over arrays: documents are known by their ids, never by their position.
 
-A fingerprint is made from each document alone. Then the documents of all sources are put in one order (priority of the
-source, then id), and in each group of duplicates the first of that order stays. The result depends neither on the order
-in which documents were read nor on how they were divided into tasks.
+A fingerprint is made from each document alone. Then the documents of all sources are put in one order (priority of
+the source, then id), and in each group of duplicates the first of that order stays. The result depends neither on the
+order in which documents were read nor on how they were divided into tasks.
 """
 
 import hashlib

@@ -2,7 +2,6 @@
 
 import ast
 import email.parser
-import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -22,10 +21,8 @@ def parse(source: str) -> ast.Module:
             raise SyntaxError(str(error)) from None
 
 
-def docstring_node(node: ast.AST) -> ast.Constant | None:
-    if not isinstance(node, DocumentedNode) or not node.body:
-        return None
-    first = node.body[0]
+def docstring_place(node: DocumentedNode) -> ast.Constant | None:
+    first = node.body[0] if node.body else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         return first.value
     return None
@@ -35,7 +32,7 @@ def without_docstrings(source: str) -> str:
     """The same program with every docstring cut out, `pass` where nothing else would be left. Raises SyntaxError."""
     cuts = []
     for node in ast.walk(parse(source)):
-        if docstring := docstring_node(node):
+        if isinstance(node, DocumentedNode) and (docstring := docstring_place(node)):
             cuts.append((docstring, len(node.body) == 1 and not isinstance(node, ast.Module)))
     lines = source.encode().splitlines(keepends=True)  # the tree's columns count bytes
     line_starts = [0]
@@ -44,7 +41,7 @@ def without_docstrings(source: str) -> str:
     data = source.encode()
     for docstring, is_whole_body in sorted(cuts, key=lambda cut: -cut[0].lineno):
         start = line_starts[docstring.lineno - 1] + docstring.col_offset
-        end = line_starts[docstring.end_lineno - 1] + docstring.end_col_offset
+        end = line_starts[(docstring.end_lineno or 0) - 1] + (docstring.end_col_offset or 0)
         before, after = data[:start], data[end:]
         if is_whole_body:
             data = before + b"pass" + after
@@ -62,17 +59,18 @@ def docstrings(source: str, module: str) -> str:
 
     Empty for a module without docstrings. Raises SyntaxError.
     """
-    entries = [(name, inspect.cleandoc(docstring.value)) for name, docstring in documented(parse(source))]
-    texts = [f"{name}\n\n{text}" if name else text for name, text in entries]
+    texts = [f"{name}\n\n{text}" if name else text for name, text in documented(parse(source))]
     return "\n\n".join([module, *texts]) if texts else ""
 
 
-def documented(node: ast.AST, name: str = "") -> Iterator[tuple[str, ast.Constant]]:
-    docstring = docstring_node(node)
-    if docstring and docstring.value.strip():
-        yield name, docstring
+def documented(node: ast.AST, name: str = "") -> Iterator[tuple[str, str]]:
+    """(qualified name, docstring) of everything in the tree that has one."""
+    if isinstance(node, DocumentedNode) and (text := (ast.get_docstring(node) or "").strip()):
+        yield name, text
     for child in ast.iter_child_nodes(node):
-        is_named = isinstance(child, DocumentedNode)
+        if not isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            continue  # no definition stands inside an expression
+        is_named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         yield from documented(child, f"{name}.{child.name}".lstrip(".") if is_named else name)
 
 
@@ -144,6 +142,7 @@ MDOC_WORDS = {
     "Ft", "Fx", "Ic", "In", "It", "Lb", "Li", "Lk", "Mt", "Nd", "Nm", "No", "Ns", "Nx", "Ox", "Pa", "Rv", "St", "Sx",
     "Sy", "Tn", "Ux", "Va", "Vt", "Xr", *MDOC_CLOSERS,
 }  # fmt: skip
+COMMENT = re.compile(r'\\["#].*')
 ARGUMENT = re.compile(r'"((?:[^"]|"")*)"?|(\S+)')
 
 
@@ -214,7 +213,7 @@ def manual_page(page: str) -> str | None:
             add(re.sub(r"T[{}]", "", text) if verbatim else text)
             end_tag()
             continue
-        request, _, rest = line[1:].lstrip().partition(" ")
+        request, _, rest = COMMENT.sub("", line[1:]).strip().replace("\t", " ", 1).partition(" ")
         if request.startswith(("\\", "tr")) or not request:
             continue
         if request in ("de", "de1", "am", "ig"):

@@ -2,7 +2,7 @@
 
 Both kinds of item are exact pieces of held-out text around a single space:
     continuation    context + " " + choices[answer] is in the document, the other choices are from other documents
-    last_word       context + " " + target is in the document, and the target occurs in the context already (as in LAMBADA)
+    last_word       context + " " + target is in the document, and the context has the target already, as in LAMBADA
 """
 
 import random
@@ -22,7 +22,7 @@ LONGEST_PASSAGE = 200  # where the line begins far back
 ITEMS_PER_DOCUMENT = 4
 # A word of four characters or more behind a single space, at the end of a sentence or of a line.
 LAST_WORD = re.compile(r"(?<=\S )([A-Za-z_]\w{3,})(?=[.!?][\"')\]]*\s|[.!?,;:\"')\]}]*\n)")
-TOO_COMMON = {"that", "this", "with", "from", "have", "will", "then", "than", "when", "they", "them", "also", "into", "self"}
+TOO_COMMON = {"also", "from", "have", "into", "self", "than", "that", "them", "then", "they", "this", "when", "with"}
 
 Item = dict[str, Any]
 
@@ -30,9 +30,9 @@ Item = dict[str, Any]
 def choose_heldout(numbers: np.ndarray, percent: float, minimum: int) -> np.ndarray:
     """Which documents of one source are held out, as booleans (n,).
 
-    numbers: (n,) uint64, a hash of each text. Those below the percentage's share of all numbers are held out: a document
-    keeps its split when others come or go. Where these are fewer than `minimum`, the lowest `minimum` are held out, but
-    never more than half of the source.
+    numbers: (n,) uint64, a hash of each text. Those below the percentage's share of all numbers are held out: a
+    document keeps its split when others come or go. Where these are fewer than `minimum`, the lowest `minimum` are
+    held out, but never more than half of the source.
     """
     chosen = numbers < np.uint64(percent / 100 * 2**64)
     wanted = min(minimum, len(numbers) // 2)
@@ -85,7 +85,8 @@ def last_words(source: str, documents: Sequence[tuple[str, str]]) -> Iterator[It
         for region, (first, last) in enumerate(regions(len(chunks), max(PASSAGE_WORDS))):
             draw = random.Random(f"last_word {document_id} {region}")
             found = []
-            for match in LAST_WORD.finditer(text, starts[first + max(PASSAGE_WORDS)], chunks[last + max(PASSAGE_WORDS) - 1].end()):
+            ends = starts[first + max(PASSAGE_WORDS)], chunks[last + max(PASSAGE_WORDS) - 1].end()
+            for match in LAST_WORD.finditer(text, *ends):
                 at = bisect_right(starts, match.start()) - 1
                 begin = line_start(text, chunks, at - draw.randint(*PASSAGE_WORDS))
                 context = text[starts[begin] : match.start() - 1]

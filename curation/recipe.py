@@ -48,8 +48,8 @@ RECIPES = {
                 CodeQuality(),
             ),
             # Reference documentation, not web pages: tables, signatures and examples are its substance, and a long
-            # manual repeats its phrases. Gopher's own limits dropped half of it, good manuals among the first (found by
-            # reading); these drop bare lists and boilerplate.
+            # manual repeats its phrases. Gopher's own limits dropped half of it, good manuals among the first (found
+            # by reading); these drop bare lists and boilerplate.
             "prose": (
                 Readable(),
                 GopherQuality(min_alphabetic_words=0.65),

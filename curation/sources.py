@@ -61,8 +61,11 @@ def list_inputs(source: Source) -> list[InputFile]:
     Files come in the order of the hash of their names, and in rounds: the first of each family (package, command),
     then the second of each: one family with thousands of files must not fill the budget alone.
     """
-    inputs = [InputFile(name=name, path=str(path), size_bytes=path.stat().st_size) for name, path in source.files()]
-    inputs.sort(key=lambda file: hashlib.sha256(file.name.encode()).digest())
+    inputs = [
+        InputFile(name=os.fsencode(name).decode(errors="replace"), path=str(path), size_bytes=path.stat().st_size)
+        for name, path in source.files()
+    ]
+    inputs.sort(key=lambda file: (hashlib.sha256(file.name.encode()).digest(), file.path))
     seen: Counter[str] = Counter()
     rounds = []
     for file in inputs:
@@ -148,7 +151,7 @@ def read_documents(source: Source, file: InputFile) -> Iterator[RawDocument]:
     if problem is None:
         try:
             documents = list(source.extract(file.name, text))
-        except SyntaxError:
+        except (SyntaxError, RecursionError):
             problem = "syntax_error"
     for part, part_text in documents:
         identity = f"{source.name}/{file.name}" + (f"#{part}" if part else "")
@@ -221,7 +224,7 @@ LOCAL = (
         name="stdlib_code",
         kind="code",
         description="the Python standard library's sources, without their docstrings",
-        budget_mb=9,
+        budget_mb=12,
         files=stdlib_code_files,
         extract=code,
     ),
@@ -229,7 +232,7 @@ LOCAL = (
         name="stdlib_docs",
         kind="prose",
         description="Python's help topics, and the docstrings of each module of the standard library",
-        budget_mb=4,
+        budget_mb=8,
         files=stdlib_files,
         extract=stdlib_documentation,
     ),
@@ -237,7 +240,7 @@ LOCAL = (
         name="package_docs",
         kind="prose",
         description="READMEs, licences and other .md and .rst files of the installed Python packages",
-        budget_mb=5,
+        budget_mb=8,
         files=package_documentation,
         extract=package_text,
     ),

@@ -2,13 +2,13 @@
 
 import gzip
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.data import Document, DocumentsPipeline
+from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.readers.base import BaseReader
@@ -21,6 +21,8 @@ from curation.recipe import MinHash, Recipe
 from curation.shards import new_file, token_dtype, write_shard
 from curation.sources import InputFile, Source, read_documents
 from curation.tokenizer import load_tokenizer, train_tokenizer
+
+Documents = Iterator[Document]
 
 
 def jsonl(records: Any) -> bytes:
@@ -36,7 +38,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class SourceReader(BaseReader):
-    """Reads one source's files: task r of n takes every n-th file of the list until its share of the budget is full."""
+    """Reads one source's files: task r of n takes every n-th of the list, until its share of the budget is full."""
 
     name = "files of a source"
 
@@ -46,8 +48,8 @@ class SourceReader(BaseReader):
         self.inputs_file = inputs_file
         self.budget_bytes = budget_bytes
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        inputs = json.loads(self.inputs_file.read_bytes())[self.source.name]
+    def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> Documents:
+        inputs = json.loads(self.inputs_file.read_bytes())
         text_bytes = 0
         for name, path, size_bytes in inputs[rank::world_size]:
             if text_bytes >= self.budget_bytes / world_size:
@@ -94,7 +96,7 @@ class Fingerprints(PipelineStep):
         self.folder = folder
         self.minhash = minhash
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
         m = self.minhash
         ids, digests, keys, sizes = [], [], [], []
         for document in data:
@@ -113,7 +115,9 @@ class Fingerprints(PipelineStep):
             )
 
 
-def read_steps(recipe: Recipe, source: Source, inputs_file: Path, budget_bytes: float, out: Path) -> list[PipelineStep]:
+def read_steps(
+    recipe: Recipe, source: Source, inputs_file: Path, budget_bytes: float, out: Path
+) -> list[PipelineStep]:
     """The pipeline of stage "read" for one source."""
 
     def dropped() -> JsonlWriter:
@@ -149,7 +153,7 @@ class DecideFates(PipelineStep):
         self.fingerprints = fingerprints
         self.fates_file = fates_file
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+    def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
         sources = [source.name for source in self.recipe.sources]
         parts = [
             (priority, np.load(path))
@@ -162,8 +166,9 @@ class DecideFates(PipelineStep):
         exact, near = find_duplicates(ids, priorities, digests, np.concatenate([part["keys"] for _, part in parts]))
 
         fates: dict[str, dict[str, Any]] = {}
+        is_dropped = np.array([i in exact or i in near for i in ids], bool)
         for priority, source in enumerate(sources):
-            stays = np.array([i for i in np.flatnonzero(priorities == priority) if ids[i] not in exact | near], np.int64)
+            stays = np.flatnonzero((priorities == priority) & ~is_dropped)
             heldout = choose_heldout(digests[stays, 0], self.heldout_percent, self.recipe.min_heldout_documents)
             fates[source] = {
                 ids[i]: {"fate": "heldout" if is_heldout else "train", "order": int(digests[i, 1])}
@@ -187,7 +192,7 @@ class FateReader(BaseReader):
         self.read_folder = read_folder
         self.fates_file = fates_file
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> Documents:
         all_fates = json.loads(self.fates_file.read_bytes())
         for source in self.sources[rank::world_size]:
             fates = all_fates[source]
@@ -219,7 +224,7 @@ class TrainTokenizer(PipelineStep):
         self.sample_bytes = sample_bytes
         self.path = path
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
+    def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> None:
         training = [document for document in data if document.metadata["fate"] == "train"]
         total_bytes = sum(len(document.text.encode()) for document in training)
         if not total_bytes:
@@ -244,11 +249,12 @@ class Packer(PipelineStep):
         self.shard_tokens = shard_tokens
         self.out = out
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
+    def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> None:
         tokenizer = load_tokenizer(self.tokenizer_file)
         dtype = token_dtype(tokenizer.vocab_size)
         counts: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "tokens": 0, "text_bytes": 0})
         waiting: dict[str, list[np.ndarray]] = defaultdict(list)  # of each split, the shard that is being filled
+        n_waiting: Counter[str] = Counter()  # tokens in it
         shards: dict[str, list[dict[str, str]]] = defaultdict(list)
         heldout: list[dict[str, str]] = []
         dropped: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -259,6 +265,7 @@ class Packer(PipelineStep):
             write_shard(self.out / stem, waiting[split], tokenizer.separator_id, dtype)
             shards[split].append({"tokens": f"{stem}.npy", "starts": f"{stem}.starts.npy"})
             waiting[split].clear()
+            n_waiting[split] = 0
 
         for document in data:
             source, fate = document.metadata["source"], document.metadata["fate"]
@@ -269,7 +276,8 @@ class Packer(PipelineStep):
             record = {"id": document.id, "text": document.text}
             if fate in ("train", "heldout"):
                 waiting[fate].append(tokens)
-                if sum(map(len, waiting[fate])) >= self.shard_tokens:
+                n_waiting[fate] += 1 + len(tokens)
+                if n_waiting[fate] >= self.shard_tokens:
                     write(fate)
                 if fate == "heldout":
                     heldout.append(record)
@@ -284,9 +292,7 @@ class Packer(PipelineStep):
         for rule, records in dropped.items():
             records.sort(key=lambda record: record["id"])
             with new_file(self.out / f"dropped/{source}/{rule}.jsonl.gz") as file:
-                # no name and no time in the header: the same documents give the same bytes
-                with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as compressed:
-                    compressed.write(jsonl(records))
+                file.write(gzip.compress(jsonl(records), mtime=0))  # no time in it: the same text gives the same bytes
         if source:
             with new_file(self.out / f"counts/{source}.json") as file:
                 file.write(json.dumps({"counts": counts, "shards": shards}, sort_keys=True).encode())
@@ -306,7 +312,7 @@ class TaskWriter(PipelineStep):
         self.n_items = n_items
         self.out = out
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+    def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
         documents: Mapping[str, list[tuple[str, str]]] = {
             path.stem: [(record["id"], record["text"]) for record in read_jsonl(path)]
             for path in sorted((self.out / "heldout").glob("*.jsonl"))

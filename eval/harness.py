@@ -5,6 +5,7 @@ tasks.json, which is handed to lm-eval as it stands.
 """
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -91,31 +92,35 @@ class HarnessLM(TemplateLM):
         nats, greedy = [0.0] * len(requests), [True] * len(requests)
         pieces = [(i, *window) for i, request in enumerate(requests) for window in windows(*request, self.seq_len)]
         pieces.sort(key=lambda piece: -len(piece[1]))
-        bar = tqdm(
-            total=sum(len(inputs) for _, inputs, _ in pieces), desc=f"scoring {what}", unit="tok", unit_scale=True
-        )
-        while pieces:
-            n_rows = max(1, self.batch_tokens // len(pieces[0][1]))
-            batch, pieces = pieces[:n_rows], pieces[n_rows:]
-            tokens, scored, targets = self._collate(batch)
-            hidden = self.model.hidden(tokens)[scored]  # (targets of the batch, d)
-            # the head in float32 whatever the model's dtype: bfloat16 logits tie, or flip, close choices
-            logits = F.linear(hidden.float(), self.model.head.weight.float())
-            log_probs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-            if not log_probs.isfinite().all():
-                raise ValueError(
-                    "the model gives a log-probability that is not finite, so no score of it means anything; "
-                    "its weights have diverged or are damaged: take an earlier checkpoint"
-                )
-            first_choice = (logits >= logits.gather(-1, targets[:, None])).sum(-1) == 1
-            lengths = [len(targets) for _, _, targets in batch]
-            rows = zip(batch, log_probs.double().split(lengths), first_choice.split(lengths), strict=True)
-            for (i, _, _), row_nats, row_first in rows:
-                nats[i] += row_nats.sum().item()
-                greedy[i] &= row_first.all().item()
-            bar.update(sum(len(inputs) for _, inputs, _ in batch))
-        bar.close()
+        n_tokens = sum(len(inputs) for _, inputs, _ in pieces)
+        every = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file gets a line now and then
+        with tqdm(total=n_tokens, desc=f"scoring {what}", unit="tok", unit_scale=True, mininterval=every) as bar:
+            start = 0
+            while start < len(pieces):
+                batch = pieces[start : start + max(1, self.batch_tokens // len(pieces[start][1]))]
+                start += len(batch)
+                for (i, inputs, _), (row_nats, row_greedy) in zip(batch, self._score_batch(batch), strict=True):
+                    nats[i] += row_nats
+                    greedy[i] &= row_greedy
+                    bar.update(len(inputs))
         return list(zip(nats, greedy, strict=True))
+
+    def _score_batch(self, batch):
+        """[(nats, greedy)] of each (_, inputs, targets): one forward pass, the head on the scored positions alone."""
+        tokens, scored, targets = self._collate(batch)
+        hidden = self.model.hidden(tokens)[scored]  # (targets of the batch, d)
+        # in float32 whatever the model's dtype: bfloat16 logits tie, or flip, close choices
+        logits = F.linear(hidden.float(), self.model.head.weight.float())
+        log_probs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        if not log_probs.isfinite().all():
+            raise ValueError(
+                "the model gives a log-probability that is not finite, so no score of it means anything; "
+                "its weights have diverged or are damaged: take an earlier checkpoint"
+            )
+        greedy = (logits >= logits.gather(-1, targets[:, None])).sum(-1) == 1
+        lengths = [len(targets) for _, _, targets in batch]
+        rows = zip(log_probs.double().split(lengths), greedy.split(lengths), strict=True)
+        return [(row_nats.sum().item(), row_greedy.all().item()) for row_nats, row_greedy in rows]
 
     def _collate(self, batch):
         """tokens (b, l), padded on the right; scored (b, l), true where a target belongs; targets in reading order."""

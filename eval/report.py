@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
@@ -20,12 +21,13 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from curation.shards import manifest_sha256, new_file, read_manifest
-from eval.scoreboard import verdict, with_error
+from eval.scoreboard import shown, verdict, with_error
 from train.run_dir import RunDir, read_json, read_metrics
 
 INK, FAINT, GRID = "#1d2733", "#a9b4c0", "#e6eaee"
 COLORS = ("#2f6fb0", "#e08a2c", "#3f9a6b", "#b5486b", "#7a63b8", "#8a6d4b", "#2aa1b3", "#6b7683")  # one a source
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
+MAX_STEPS = 8  # of the funnel's picture; its table has every rule
 MAX_POINTS = 2000  # of a curve; more than the page has pixels
 
 
@@ -47,7 +49,13 @@ def build_report(path):
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"short": short, "number": "{:,}".format, "with_error": with_error, "verdict": verdict}
+    environment.filters |= {
+        "short": short,
+        "number": "{:,}".format,
+        "shown": shown,
+        "with_error": with_error,
+        "verdict": verdict,
+    }
     return environment.get_template("report.html.jinja").render(
         name=run.path.resolve().name,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -91,15 +99,18 @@ def funnel_table(manifest):
     """[(label, {source: counts}, counts of all sources)], from what was read down to what is trained on."""
     funnel = manifest["funnel"]
     rows = [("read", {source: entry["read"] for source, entry in funnel.items()})]
-    for rule in rules_in_order(funnel):
+    for rule in rules_by_weight(funnel):
         rows.append((f"− {rule}", {source: entry["dropped"].get(rule) for source, entry in funnel.items()}))
     rows += [(part, {s: entry[part] for s, entry in funnel.items()}) for part in ("kept", "heldout", "train")]
     return [(label, by_source, add(by_source.values())) for label, by_source in rows]
 
 
-def rules_in_order(funnel):
-    """Every rule that some source went through, in the order in which the sources name them."""
-    return list(dict.fromkeys(rule for entry in funnel.values() for rule in entry["dropped"]))
+def rules_by_weight(funnel):
+    """Every rule that some source went through, the one that dropped the most tokens first."""
+    weight = Counter()
+    for entry in funnel.values():
+        weight.update({rule: counts["tokens"] for rule, counts in entry["dropped"].items()})
+    return [rule for rule, _ in weight.most_common()]
 
 
 def add(counts):
@@ -171,14 +182,17 @@ def source_colors(sources):
 
 
 def funnel_figure(funnel):
-    """What is left after each rule that dropped anything, in tokens, stacked by source."""
+    """What is left after each rule, in tokens, stacked by source; the rules that dropped little are one step."""
+    rules = rules_by_weight(funnel)
+    steps = {f"− {rule}": [rule] for rule in rules[:MAX_STEPS]}
+    if rest := rules[MAX_STEPS:]:
+        steps[f"− {len(rest)} other rules"] = rest
     left = {source: entry["read"]["tokens"] for source, entry in funnel.items()}
-    stages = [("read", dict(left))]
-    for rule in rules_in_order(funnel):
-        lost = {source: entry["dropped"].get(rule, {"tokens": 0})["tokens"] for source, entry in funnel.items()}
+    stages = [("read", left)]
+    for label, dropped_by in steps.items():
+        lost = {s: sum(e["dropped"][r]["tokens"] for r in dropped_by if r in e["dropped"]) for s, e in funnel.items()}
         left = {source: left[source] - lost[source] for source in left}
-        if any(lost.values()):
-            stages.append((f"after {rule}", dict(left)))
+        stages.append((label, left))
     stages.append(("trained on", {source: entry["train"]["tokens"] for source, entry in funnel.items()}))
     figure = new_figure(60 + 32 * len(stages), "tokens left", barmode="stack", bargap=0.25)
     for source, color in source_colors(funnel).items():
@@ -243,7 +257,7 @@ def heldout_figure(metrics, history):
         figure.add_scatter(
             x=[scores["checkpoint"]["tokens_seen"] for scores in history],
             y=[scores["bits_per_byte"]["overall"]["value"] for scores in history],
-            name="all, full evaluation", mode="markers",
+            name="all, full evaluation (diamond)", mode="markers",
             marker={"symbol": "diamond-open", "size": 13, "color": INK, "line_width": 2},
         )  # fmt: skip
     figure.update_yaxes(hoverformat=".3f")
@@ -251,25 +265,31 @@ def heldout_figure(metrics, history):
 
 
 def yardstick_figure(held_out):
-    """Bars of bits per byte for each source and for all: the model, gzip -9, the token frequencies."""
+    """Bars of bits per byte for all and for each source: the model (with 95 % interval), gzip -9, unigram."""
     rows = {"all": held_out["overall"], **held_out["sources"]}
     names = [f"<b>{name}</b>" if name == "all" else name for name in rows]
-    figure = new_figure(50 + 72 * len(rows), "bits per byte (fewer is better)", barmode="group", bargap=0.25)
+    figure = new_figure(50 + 72 * len(rows), "bits per byte", barmode="group", bargap=0.25)
+    strokes = {**intervals(rows.values()), "color": INK, "thickness": 1.4, "width": 4}
     for key, name, color, text_color in (
         ("value", "model", COLORS[0], "white"),
         ("gzip", "gzip -9", COLORS[1], INK),
         ("unigram", "unigram", FAINT, INK),
     ):
         values = [row[key] for row in rows.values()]
-        errors = [1.96 * (row["stderr"] or 0) for row in rows.values()] if key == "value" else None
         figure.add_bar(
             orientation="h", y=names, x=values, name=name, marker_color=color, hovertemplate="%{x:.3f}",
             text=[f"{value:.2f}" for value in values], textposition="inside", insidetextanchor="start",
             constraintext="none", textfont={"size": 11, "color": text_color},
-            error_x={"array": errors, "color": INK, "thickness": 1.4, "width": 4} if errors else None,
+            error_x=strokes if key == "value" else None,
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
+
+
+def intervals(scores):
+    """The 95 % intervals as plotly's error bars."""
+    ends = [(score["value"], *(score["interval"] or [score["value"]] * 2)) for score in scores]
+    return {"array": [high - value for value, _, high in ends], "arrayminus": [value - low for value, low, _ in ends]}
 
 
 def tasks_figure(tasks):
@@ -285,14 +305,14 @@ def tasks_figure(tasks):
     figure.add_scatter(
         x=[score["value"] for _, score, _ in rows], y=labels, name="model, 95 % interval", mode="markers",
         marker={"size": 11, "color": COLORS[0]}, hovertemplate="%{x:.1%}",
-        error_x={"array": [1.96 * (score["stderr"] or 0) for _, score, _ in rows], "thickness": 2, "width": 6},
+        error_x={**intervals([score for _, score, _ in rows]), "thickness": 2, "width": 6},
     )  # fmt: skip
     figure.add_scatter(
         x=[chance for _, _, chance in rows], y=labels, name="chance", mode="markers", hovertemplate="%{x:.0%}",
         marker={"symbol": "line-ns-open", "size": 24, "color": COLORS[3], "line_width": 3},
     )  # fmt: skip
-    highest = max(max(score["value"] + 2 * (score["stderr"] or 0), chance or 0) for _, score, chance in rows)
-    figure.update_xaxes(tickformat=".0%", range=[-0.01, min(1.01, 1.15 * highest + 0.02)])
+    highest = max(max((score["interval"] or [score["value"]])[-1], chance or 0) for _, score, chance in rows)
+    figure.update_xaxes(tickformat=".0%", range=[-0.01, min(1.01, 1.1 * highest + 0.02)])
     figure.update_yaxes(autorange="reversed", showgrid=True)
     return figure
 

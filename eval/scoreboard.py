@@ -20,6 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from lm_eval.evaluator import evaluate
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +32,7 @@ from train.checkpoint import load_checkpoint
 from train.run_dir import write_json
 
 FORMAT = 1
+Z95 = 1.96  # standard errors on each side of a 95 % interval
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -135,19 +137,37 @@ def run_lm_eval(lm, documents):
 # ---- statistics
 
 
-def mean(values):
-    """The mean and its standard error, as lm-eval's mean_stderr; the error of a single value is None."""
+def share(values):
+    """The mean of values between 0 and 1, its standard error (lm-eval's mean_stderr) and 95 % interval (Wilson's).
+
+    Wilson's interval stays between 0 and 1 and is not empty where all the values are alike. One value has neither.
+    """
     values = np.asarray(values, float)
-    stderr = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-    return {"value": float(values.mean()), "stderr": stderr}
+    n, value = len(values), values.mean()
+    if n == 1:
+        return {"value": float(value), "stderr": None, "interval": None}
+    middle, reach = value + Z95**2 / (2 * n), Z95 * np.sqrt(value * (1 - value) / n + (Z95 / (2 * n)) ** 2)
+    interval = [float((middle + sign * reach) / (1 + Z95**2 / n)) for sign in (-1, 1)]
+    return {"value": float(value), "stderr": float(values.std(ddof=1) / np.sqrt(n)), "interval": interval}
 
 
 def ratio(numerators, denominators):
-    """sum / sum, and its standard error over items by linearisation (the ratio estimator of survey sampling)."""
+    """sum / sum, its standard error over items by linearisation (survey sampling's ratio estimator), 95 % interval."""
     a, b = np.asarray(numerators, float), np.asarray(denominators, float)
-    value = a.sum() / b.sum()
-    spread = np.square(a - value * b).sum() * len(a) / max(len(a) - 1, 1)
-    return {"value": float(value), "stderr": float(np.sqrt(spread) / b.sum()) if len(a) > 1 else None}
+    n, value = len(a), float(a.sum() / b.sum())
+    if n == 1:
+        return {"value": value, "stderr": None, "interval": None}
+    stderr = float(np.sqrt(np.square(a - value * b).sum() * n / (n - 1)) / b.sum())
+    return {"value": value, "stderr": stderr, "interval": [value - Z95 * stderr, value + Z95 * stderr]}
+
+
+def perplexity(nats):
+    """exp of the mean loss; its standard error by the delta method, its 95 % interval from that of the mean."""
+    loss = ratio(-np.asarray(nats, float), np.ones(len(nats)))
+    value = float(np.exp(loss["value"]))
+    if loss["stderr"] is None:
+        return {"value": value, "stderr": None, "interval": None}
+    return {"value": value, "stderr": value * loss["stderr"], "interval": np.exp(loss["interval"]).tolist()}
 
 
 def score_heldout(documents, samples, tokenizer):
@@ -177,11 +197,7 @@ def score_heldout(documents, samples, tokenizer):
 def score_task(task, samples):
     """The metrics of one task with standard errors, the number of items, and what guessing would score."""
     metrics = {m["metric"]: [sample[m["metric"]] for sample in samples] for m in TASKS[task]["config"]["metric_list"]}
-    scores = {name: mean(values) for name, values in metrics.items()}
-    if "perplexity" in scores:  # exp of the mean: its error by the delta method
-        value, stderr = scores["perplexity"].values()
-        perplexity = float(np.exp(-value))
-        scores["perplexity"] = {"value": perplexity, "stderr": None if stderr is None else perplexity * stderr}
+    scores = {name: (perplexity if name == "perplexity" else share)(values) for name, values in metrics.items()}
     return {"n": len(samples), "chance": TASKS[task]["chance"], "metrics": scores, "about": TASKS[task]["about"]}
 
 
@@ -194,14 +210,15 @@ def show(scores, console):
     console.print(f"{checkpoint['path']}: step {checkpoint['step']:,}, {checkpoint['tokens_seen']:,} tokens seen")
     if not scores["data"]["is_training_data"]:
         console.print(f"scored on {scores['data']['path']}, which is not the data that it was trained on")
-    table = Table(title="held-out bits per byte (lower is better)", title_justify="left")
-    for name in ("source", "documents", "bytes", "model", "gzip -9", "unigram", "model below gzip"):
-        table.add_column(name, justify="left" if name == "source" else "right")
+    table = Table(
+        title="held-out bits per byte (lower is better)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for name in ("source", "docs", "model", "gzip -9", "unigram", "below gzip"):
+        table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
     for source, row in [*held_out["sources"].items(), ("all", held_out["overall"])]:
         table.add_row(
             source,
             f"{row['documents']:,}",
-            f"{row['text_bytes']:,}",
             with_error(row),
             f"{row['gzip']:.3f}",
             f"{row['unigram']:.3f}",
@@ -209,9 +226,9 @@ def show(scores, console):
             style="bold" if source == "all" else None,
         )
     console.print(table)
-    table = Table(title="tasks (mean and standard error)", title_justify="left")
+    table = Table(title="tasks (mean and standard error)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("task", "metric", "items", "score", "chance"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
     for task, result in scores["tasks"].items():
         for metric, score in result["metrics"].items():
             chance = f"{result['chance'][metric]:.3f}" if metric in result["chance"] else ""
@@ -220,8 +237,13 @@ def show(scores, console):
     console.print(verdict(held_out["overall"]))
 
 
+def shown(number):
+    """ "0.450"; large numbers, such as a young model's perplexity, with three digits."""
+    return f"{number:.3f}" if abs(number) < 1000 else f"{number:.2e}"
+
+
 def with_error(score):
-    return f"{score['value']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
+    return shown(score["value"]) + ("" if score["stderr"] is None else f" ± {shown(score['stderr'])}")
 
 
 def verdict(row):

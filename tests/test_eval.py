@@ -1,10 +1,9 @@
 """Scores: every token once, the same at any batch size, chance for a constant model and none for a broken one."""
 
 import gzip
-import hashlib
 import json
 import math
-from types import SimpleNamespace
+import shutil
 
 import numpy as np
 import pytest
@@ -13,100 +12,19 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import bits_per_byte, mean_stderr
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from small_run import make_data, make_model, make_run, make_text
 
-from curation.shards import manifest_sha256, write_shard
+from curation.shards import file_sha256, read_manifest
 from curation.tokenizer import load_tokenizer, train_tokenizer
 from eval import sample, scoreboard
 from eval.harness import HarnessLM, build_tasks, score_choices, windows
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
-from model.config import ModelConfig
-from model.hybrid import HybridLM
-
-WORDS = [
-    "the",
-    "model",
-    "reads",
-    "one",
-    "token",
-    "after",
-    "another",
-    "and",
-    "keeps",
-    "what",
-    "in",
-    "a",
-    "small",
-    "state",
-]
-
-
-def make_text(seed, n_words):
-    rng = np.random.default_rng(seed)
-    return " ".join(rng.choice(WORDS, n_words)) + "\n"
+from train.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished data folder: two held-out sources, twelve four-way items, ten last words."""
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    texts = {
-        source: [make_text(i * 7 + j, 12 + 20 * j) for j in range(4)] for i, source in enumerate(("code", "prose"))
-    }
-    train_tokenizer([text for docs in texts.values() for text in docs], 300, folder / "tokenizer.model")
-    tokenizer = load_tokenizer(folder)
-    splits = {"train": {"sources": {}}, "heldout": {"sources": {}}}
-    for split in splits:
-        for source, docs in texts.items():
-            stem = f"{split}/{source}-00000"
-            counts = write_shard(folder / stem, tokenizer.encode_batch(docs), tokenizer.separator_id, np.uint16)
-            splits[split]["sources"][source] = {
-                "documents": counts.documents,
-                "tokens": counts.tokens,
-                "text_bytes": sum(len(doc.encode()) for doc in docs),
-                "shards": [{"tokens": f"{stem}.npy", "starts": f"{stem}.starts.npy"}],
-                "text": f"heldout/{source}.jsonl",
-            }
-            lines = [json.dumps({"id": f"{source}/{i}", "text": doc}) for i, doc in enumerate(docs)]
-            (folder / f"heldout/{source}.jsonl").parent.mkdir(exist_ok=True)
-            (folder / f"heldout/{source}.jsonl").write_text("\n".join(lines) + "\n")
-    tasks = {
-        "continuation": [
-            {
-                "id": str(i),
-                "source": "code",
-                "context": make_text(i, 9).strip(),
-                "choices": [" " + make_text(50 + 4 * i + j, 5).strip() for j in range(4)],
-                "answer": i % 3,
-            }
-            for i in range(12)
-        ],
-        "last_word": [
-            {"id": str(i), "source": "prose", "context": make_text(i, 9).strip(), "target": " model"}
-            for i in range(10)
-        ],
-    }
-    (folder / "tasks").mkdir()
-    for task, items in tasks.items():
-        (folder / f"tasks/{task}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sha256 = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    manifest = {
-        "format": 1,
-        "tokenizer": {
-            "file": "tokenizer.model",
-            "sha256": sha256["tokenizer.model"],
-            "vocab_size": tokenizer.vocab_size,
-            "separator_id": tokenizer.separator_id,
-        },
-        "token_dtype": "uint16",
-        "splits": splits,
-        "tasks": {task: {"file": f"tasks/{task}.jsonl", "items": len(items)} for task, items in tasks.items()},
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in sha256.items()
-        },
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    return make_data(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -114,31 +32,10 @@ def tokenizer(folder):
     return load_tokenizer(folder)
 
 
-def make_model(seed=0):
-    """A random model of two layers and a window of 16 tokens, so that every document needs several windows."""
-    torch.manual_seed(seed)
-    config = ModelConfig(
-        d_model=32, layer_pattern="MA", n_heads=2, n_kv_heads=1, d_ff=32, seq_len=16, vocab_size=384,
-        d_state=8, mamba_head_dim=16, chunk_size=8,
-    )  # fmt: skip
-    model = HybridLM(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(3)  # far from uniform, so that a mistake shows
-    return model.eval()
-
-
-def make_checkpoint(folder, model):
-    """What train.checkpoint.load_checkpoint returns, as far as scoring looks at it."""
-    return SimpleNamespace(
-        path=folder.parent / "run" / "checkpoints" / "step_0000007",
-        step=7,
-        tokens=700,
-        sha256="5" * 64,
-        data={"path": str(folder), "manifest_sha256": manifest_sha256(folder)},
-        tokenizer_path=folder / "tokenizer.model",
-        load_model=lambda device: model.to(device),
-    )
+@pytest.fixture
+def checkpoint(folder, tmp_path):
+    """The folder of a checkpoint of a random model in a run of its own."""
+    return make_run(tmp_path / "run", folder, make_model())
 
 
 def rolling(text):
@@ -190,9 +87,10 @@ def test_rolling_score_of_a_long_text_is_the_sum_over_its_windows(tokenizer):
 
 def test_continuation_score_is_the_sum_after_separator_and_context(tokenizer):
     model = make_model()
-    context, continuation = "the model reads", " one token"
+    context, continuation = "the model", " reads"
     ids = [tokenizer.separator_id, *tokenizer.encode(context + continuation)]
     n = len(ids) - 1 - len(tokenizer.encode(context))
+    assert 1 <= n < len(ids) <= 17
     expected = log_probs(model, ids)[-n:].sum().item()
     [(score, greedy)] = HarnessLM(model, tokenizer, batch_tokens=64).loglikelihood([request(context, continuation)])
     assert score == pytest.approx(expected, rel=1e-6)
@@ -221,22 +119,16 @@ def test_prompt_longer_than_the_window_loses_its_beginning_and_is_counted(tokeni
     assert lm.n_truncated == 1
 
 
-def test_scores_are_the_same_at_every_batch_size(folder, tokenizer):
+def test_scores_are_the_same_at_every_batch_size_with_prompts_of_many_lengths(folder, tokenizer):
     model = make_model()
-    documents = scoreboard.read_documents(folder, scoreboard.read_manifest(folder), None)
+    documents = scoreboard.read_documents(folder, read_manifest(folder), None)
     one, many = (
         scoreboard.run_lm_eval(HarnessLM(model, tokenizer, batch_tokens=budget), documents) for budget in (1, 10_000)
     )
     for task in one:
         for a, b in zip(one[task], many[task], strict=True):
-            assert [a[m] for m in a["metrics"] if m.startswith(("acc", "tie"))] == [
-                b[m] for m in b["metrics"] if m.startswith(("acc", "tie"))
-            ]
-            scores = [
-                np.ravel([pair[0] if isinstance(pair, tuple) else pair for pair in x["filtered_resps"]])
-                for x in (a, b)
-            ]
-            np.testing.assert_allclose(*scores, rtol=1e-5)
+            assert all(a[metric] == b[metric] for metric in ("acc", "acc_norm", "tie") if metric in a)
+            np.testing.assert_allclose(*(np.array(x["filtered_resps"], float) for x in (a, b)), rtol=1e-5)
 
 
 def test_constant_model_scores_chance_although_the_first_choice_is_always_right(tokenizer):
@@ -244,7 +136,7 @@ def test_constant_model_scores_chance_although_the_first_choice_is_always_right(
     with torch.no_grad():
         model.head.weight.zero_()
     lm = HarnessLM(model, tokenizer, batch_tokens=64)
-    choices = [" 1", " 2", " 3", " 4"]  # as many tokens each
+    choices = ["1", "2", "3", "4"]  # as many tokens each
     items = [{"id": str(i), "source": "x", "context": "the", "choices": choices, "answer": 0} for i in range(8)]
     samples = scoreboard.run_lm_eval(lm, {("continuation", None): items})
     metrics = scoreboard.score_task("continuation", samples["continuation"])["metrics"]
@@ -266,12 +158,15 @@ def test_credit_of_a_tie_is_shared_among_the_best_only():
     assert score_choices(doc, results) == {"acc": 1.0, "acc_norm": 0.0, "tie": 0.0}
 
 
-def test_model_with_a_nan_is_refused(folder):
+def test_model_with_a_nan_is_refused_in_one_line(folder, tmp_path, capsys):
     model = make_model()
     with torch.no_grad():
         model.layers[1].mlp.out_proj.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="not finite"):
-        scoreboard.score_checkpoint(make_checkpoint(folder, model))
+    checkpoint = make_run(tmp_path / "run", folder, model)
+    assert scoreboard.main([str(checkpoint)]) == 2
+    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "not finite" in error
+    assert not (tmp_path / "run" / "eval").exists()
 
 
 def test_written_text_stops_at_the_given_string(tokenizer, monkeypatch):
@@ -282,39 +177,43 @@ def test_written_text_stops_at_the_given_string(tokenizer, monkeypatch):
     assert lm.generate_until([asked], disable_tqdm=True) == ["one token"]
 
 
-def test_scores_hold_every_task_with_errors_yardsticks_and_lm_evals_own_values(folder, tokenizer):
-    model = make_model()
-    scores = scoreboard.score_checkpoint(make_checkpoint(folder, model))
+def test_scores_hold_every_task_with_errors_yardsticks_and_lm_evals_own_values(checkpoint, folder, tokenizer):
+    scores = scoreboard.score_checkpoint(load_checkpoint(checkpoint))
     assert scores["data"]["is_training_data"] is True
-    documents = scoreboard.read_documents(folder, scoreboard.read_manifest(folder), None)
-    theirs = evaluate(HarnessLM(model, tokenizer, batch_tokens=8192), build_tasks(documents), bootstrap_iters=0)[
-        "results"
-    ]
+    documents = scoreboard.read_documents(folder, read_manifest(folder), None)
+    lm = HarnessLM(make_model(), tokenizer, batch_tokens=8192)
+    theirs = evaluate(lm, build_tasks(documents), bootstrap_iters=0)["results"]
     sources = scores["bits_per_byte"]["sources"]
     assert sorted(sources) == ["code", "prose"]
     for source, row in sources.items():
         assert row["value"] == pytest.approx(theirs[f"heldout_{source}"]["bits_per_byte,none"], rel=1e-9)
-        assert row["text_bytes"] == sum(len(doc["text"].encode()) for doc in documents["heldout", source])
-        assert row["stderr"] > 0 and row["gzip"] > 0 and row["unigram"] > 0 and row["below_gzip"] is False
+        assert row["text_bytes"] == sum(len(document["text"].encode()) for document in documents["heldout", source])
+        assert row["stderr"] > 0 and row["gzip"] > 0 and row["unigram"] > 0
+        assert row["below_gzip"] is (row["value"] < row["gzip"])
     overall = scores["bits_per_byte"]["overall"]
     bits = sum(row["value"] * row["text_bytes"] for row in sources.values())
     assert overall["value"] == pytest.approx(bits / overall["text_bytes"])
-    for task, metric in (
-        ("continuation", "acc"),
-        ("continuation", "acc_norm"),
-        ("last_word", "acc"),
-        ("last_word", "perplexity"),
-    ):
-        assert scores["tasks"][task]["metrics"][metric]["value"] == pytest.approx(
-            theirs[task][f"{metric},none"], rel=1e-9
-        )
+    for task, metrics in {"continuation": ("acc", "acc_norm", "tie"), "last_word": ("acc", "perplexity")}.items():
+        for metric in metrics:
+            ours = scores["tasks"][task]["metrics"][metric]["value"]
+            assert ours == pytest.approx(theirs[task][f"{metric},none"], rel=1e-9)
     assert scores["tasks"]["continuation"]["chance"]["acc"] == 0.25
     assert (scores["tasks"]["continuation"]["n"], scores["tasks"]["last_word"]["n"]) == (12, 10)
 
 
+def test_items_are_asked_with_the_space_that_stood_between(folder, tokenizer):
+    lm = HarnessLM(make_model(), tokenizer, batch_tokens=8192)
+    documents = scoreboard.read_documents(folder, read_manifest(folder), None)
+    samples = scoreboard.run_lm_eval(lm, documents)
+    item = documents["continuation", None][0]
+    assert samples["continuation"][0]["arguments"] == [(item["context"], " " + choice) for choice in item["choices"]]
+    item = documents["last_word", None][0]
+    assert samples["last_word"][0]["arguments"] == [(item["context"], " " + item["target"])]
+
+
 def test_errors_of_means_and_ratios_are_those_of_resampling():
     values = np.random.default_rng(0).random(40)
-    assert scoreboard.mean(values)["stderr"] == pytest.approx(mean_stderr(list(values)))
+    assert scoreboard.share(values)["stderr"] == pytest.approx(mean_stderr(list(values)))
     rng = np.random.default_rng(1)
     n_bytes = rng.integers(100, 5000, 300)
     bits = n_bytes * rng.normal(2.0, 0.3, 300)
@@ -323,13 +222,120 @@ def test_errors_of_means_and_ratios_are_those_of_resampling():
     score = scoreboard.ratio(bits, n_bytes)
     assert score["value"] == pytest.approx(bits_per_byte(list(zip(-bits * math.log(2), n_bytes, strict=True))))
     assert score["stderr"] == pytest.approx(resampled.std(), rel=0.08)  # 2000 draws: 1.6 % of noise, one sigma
-    assert scoreboard.mean([1.0])["stderr"] is None and scoreboard.ratio([1.0], [2.0])["stderr"] is None
+    nothing = {"stderr": None, "interval": None}
+    assert scoreboard.share([1.0]) == {"value": 1.0, **nothing}
+    assert scoreboard.ratio([1.0], [2.0]) == {"value": 0.5, **nothing}
+    assert scoreboard.perplexity([-math.log(8)]) == {"value": pytest.approx(8), **nothing}
+
+
+def test_intervals_of_accuracies_stay_between_0_and_1_and_say_something_at_the_ends():
+    # Wilson's interval of 0 of 100 is 0 to z^2 / (n + z^2), and of 50 of 100 it is 0.5 -+ 0.0962
+    assert scoreboard.share([0.0] * 100)["interval"] == pytest.approx([0, 1.96**2 / (100 + 1.96**2)])
+    assert scoreboard.share([0.0, 1.0] * 50)["interval"] == pytest.approx([0.4038, 0.5962], abs=1e-4)
+    low, high = scoreboard.share([1.0] * 20)["interval"]
+    assert 0.8 < low < high == pytest.approx(1)
+    low, high = scoreboard.perplexity([-1.0, -9.0, -12.0])["interval"]
+    assert 0 < low < math.exp(22 / 3) < high
 
 
 def test_yardsticks_equal_hand_computed_values():
-    texts = ["abc" * 50, "é" * 40]
-    expected = 8 * (len(gzip.compress(texts[0].encode(), 9)) + len(gzip.compress(texts[1].encode(), 9))) / (150 + 80)
-    assert gzip_bits_per_byte(texts) == expected
+    texts = [make_text(1, 400), "é" * 40]
+    sizes = [len(gzip.compress(text.encode(), 9)) for text in texts]
+    assert sizes[0] < len(gzip.compress(texts[0].encode(), 1))
+    assert gzip_bits_per_byte(texts) == 8 * sum(sizes) / (len(texts[0]) + 80)
     # frequencies 1/2, 1/4, 1/4: 1.5 bits a token, eight tokens, twelve bytes
     assert unigram_bits_per_byte([[1, 1, 2, 3], [1, 1, 3, 2]], 12) == pytest.approx(1.5 * 8 / 12)
     assert unigram_bits_per_byte([[4, 4, 4]], 5) == 0
+
+
+def test_scoreboard_writes_its_file_into_the_run_and_says_how_it_stands_to_gzip(checkpoint, capsys):
+    assert scoreboard.main([str(checkpoint)]) == 0
+    out = capsys.readouterr().out
+    scores = json.loads((checkpoint.parents[1] / "eval" / "step_0000007.json").read_text())
+    assert scores["checkpoint"]["sha256"] == file_sha256(checkpoint / "checkpoint.json")
+    assert scoreboard.verdict(scores["bits_per_byte"]["overall"]) in " ".join(out.split())
+    assert "continuation" in out and "prose" in out
+    assert [path.name for path in (checkpoint.parents[1] / "eval").iterdir()] == ["step_0000007.json"]
+
+
+def test_verdict_says_below_or_not_below_gzip():
+    row = {"value": 2.5, "stderr": 0.02, "gzip": 2.4, "unigram": 3.0, "below_gzip": False}
+    assert scoreboard.verdict(row) == "Held-out bits per byte: 2.500 ± 0.020, NOT below gzip -9 (2.400); unigram 3.000"
+    assert "2.300 ± 0.020, below gzip -9" in scoreboard.verdict({**row, "value": 2.3, "below_gzip": True})
+
+
+def test_limited_scores_do_not_replace_the_full_ones(checkpoint):
+    assert scoreboard.main([str(checkpoint), "--limit", "2"]) == 0
+    [path] = (checkpoint.parents[1] / "eval").iterdir()
+    assert path.name == "step_0000007.limit2.json"
+    assert json.loads(path.read_text())["tasks"]["continuation"]["n"] == 2
+
+
+def refusal(capsys, *flags):
+    assert scoreboard.main([str(flag) for flag in flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error
+    return error
+
+
+def test_what_is_not_a_checkpoint_or_not_its_data_gets_one_line(checkpoint, folder, tmp_path, capsys):
+    assert "does not exist" in refusal(capsys, tmp_path / "nothing")
+    assert "not a checkpoint" in refusal(capsys, folder)
+    assert f"data folder {tmp_path / 'none'} does not exist" in refusal(
+        capsys, checkpoint, "--data", tmp_path / "none"
+    )
+    assert "at least 1" in refusal(capsys, checkpoint, "--limit", 0)
+    shutil.copytree(checkpoint, tmp_path / "elsewhere")
+    assert "--out" in refusal(capsys, tmp_path / "elsewhere")
+
+
+def test_data_that_was_altered_remade_or_tokenized_otherwise_is_refused(folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    checkpoint = make_run(tmp_path / "run", data, make_model())
+    text = (data / "heldout/code.jsonl").read_text()
+    (data / "heldout/code.jsonl").write_text(text.replace("model", "nodel"))
+    assert "heldout/code.jsonl was altered" in refusal(capsys, checkpoint)
+    (data / "heldout/code.jsonl").write_text(text)
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    assert f"add: --data {data}" in refusal(capsys, checkpoint)
+    assert scoreboard.main([str(checkpoint), "--data", str(data)]) == 0
+    scores = json.loads((tmp_path / "run/eval/step_0000007.json").read_text())
+    assert scores["data"]["is_training_data"] is False
+    capsys.readouterr()
+    train_tokenizer([make_text(1, 500)], 290, data / "tokenizer.model")
+    manifest["tokenizer"]["sha256"] = file_sha256(data / "tokenizer.model")
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    assert "another tokenizer" in refusal(capsys, checkpoint, "--data", data)
+
+
+def test_sample_goes_on_to_the_separator_and_no_further(folder, tokenizer, tmp_path, monkeypatch, capsys):
+    model = make_model()
+    checkpoint = make_run(tmp_path / "run", folder, model)
+    given = []
+
+    def write(model, prompt_ids, max_tokens, *, stop_ids, **settings):
+        given.append((prompt_ids, max_tokens, stop_ids, settings))
+        yield from [*tokenizer.encode(" state"), 380]  # 380 is one of the head's spare rows
+
+    monkeypatch.setattr(sample, "generate", write)
+    assert sample.main([str(checkpoint), "--prompt", "the small", "--max-tokens", "50", "--top-k", "3"]) == 0
+    assert given[0][0] == [tokenizer.separator_id, *tokenizer.encode("the small")]
+    assert given[0][1:3] == (50, (tokenizer.separator_id,))
+    assert given[0][3] == {"temperature": 0.8, "top_p": 0.95, "top_k": 3, "seed": 0}
+    assert "the small state" in capsys.readouterr().out
+    [written] = json.loads((tmp_path / "run/eval/sample_0000007.json").read_text())["samples"]
+    assert written["text"] == " state" and written["ended"] is True
+
+
+def test_sample_of_a_real_model_is_the_same_for_the_same_seed(checkpoint, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        assert sample.main([str(checkpoint), "--max-tokens", "12", "--seed", str(seed)]) == 0
+        texts.append(json.loads((checkpoint.parents[1] / "eval/sample_0000007.json").read_text())["samples"])
+    texts = [[(written["prompt"], written["text"]) for written in samples] for samples in texts]
+    assert texts[0] == texts[1] != texts[2]
+    assert [prompt for prompt, _ in texts[0]] == list(sample.PROMPTS)
+    assert sample.main([str(checkpoint), "--top-p", "0"]) == 2
+    assert "top_p 0.0" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def train(config):
         metrics = Metrics(run_dir.metrics, start + 1, plan.last_step)
         going = f"goes on from step {start}" if start else "starts"
         metrics.say(
-            f"{config.run} {going}, to step {plan.last_step:,}: {config.size}, {plan.model.n_parameters:,} parameters, "
+            f"{config.run} {going}, to {plan.last_step:,}: {config.size}, {plan.model.n_parameters:,} parameters, "
             f"{world_size} processes x {plan.grad_accum} x {plan.micro_batch} sequences of {plan.model.seq_len} tokens"
         )
 
