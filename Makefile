@@ -28,11 +28,15 @@ help:  ## list the targets
 
 setup: .venv/ready  ## make .venv and install the pinned packages (again: does nothing)
 
+# Debian and Ubuntu leave ensurepip out of python3: take the pip that is there, else, as root, the missing package.
+venv_from_pip = $(PYTHON) -m pip --version >/dev/null 2>&1 && $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python .venv install --quiet pip
+venv_from_apt = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "python3-venv is missing: installing it with apt-get" && apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null && $(PYTHON) -m venv .venv
+
 .venv/ready: requirements.txt requirements-gpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or newer is needed; give one with make PYTHON=python3.12" >&2; exit 2; }
-	@$(PYTHON) -m venv .venv || { $(PYTHON) -m pip --version >/dev/null 2>&1 && $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python .venv install pip; } || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || { $(venv_from_pip); } || { $(venv_from_apt); } || { echo "error: $(PYTHON) cannot make a virtual environment; install it, on Debian and Ubuntu with: apt-get install python3-venv" >&2; exit 2; }
 	$(PY) -m pip install --quiet --progress-bar off "$$(grep '^torch==' requirements.txt)"
-	$(PY) -m pip install --quiet --progress-bar off -r requirements.txt
+	$(PY) -m pip install --quiet --progress-bar off --use-pep517 -r requirements.txt
 	@if [ "$(GPUS)" != 0 ] && command -v nvcc >/dev/null; then set -ex; $(PY) -m pip install --quiet setuptools wheel ninja packaging; $(PY) -m pip install --quiet --no-build-isolation -r requirements-gpu.txt; fi
 	@touch $@
 

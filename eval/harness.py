@@ -75,9 +75,10 @@ class HarnessLM(TemplateLM):
                 max_tokens=options.get("max_gen_toks", 256),
                 temperature=temperature,
                 stop_ids=(self.eot_token_id,),
+                vocab_size=self.tokenizer.vocab_size,
             ):
                 ids.append(token)
-                text = decode(self.tokenizer, ids)
+                text = self.tokenizer.decode(ids)
                 if any(stop in text for stop in until):
                     break
             texts.append(text[: min([text.find(stop) for stop in until if stop in text], default=len(text))])
@@ -144,11 +145,6 @@ def windows(ids, first, seq_len):
     for start in range(first, len(ids), seq_len):
         end = min(start + seq_len, len(ids))
         yield ids[max(0, end - seq_len - 1) : end - 1], ids[start:end]
-
-
-def decode(tokenizer, ids):
-    """Text of generated ids; those that only pad the head to a round size, past the vocabulary, give nothing."""
-    return tokenizer.decode(token for token in ids if token < tokenizer.vocab_size)
 
 
 def score_choices(doc, results):

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from curation.tokenizer import load_tokenizer
-from eval.harness import decode
 from eval.scoreboard import DEVICE, eval_folder
 from model.generate import generate
 from train.checkpoint import load_checkpoint
@@ -28,11 +27,12 @@ def write_sample(model, tokenizer, prompt, **settings):
     """
     started = time.perf_counter()
     prompt_ids = [tokenizer.separator_id, *tokenizer.encode(prompt)]
-    ids = list(generate(model, prompt_ids, stop_ids=(tokenizer.separator_id,), **settings))
+    limits = {"stop_ids": (tokenizer.separator_id,), "vocab_size": tokenizer.vocab_size}
+    ids = list(generate(model, prompt_ids, **limits, **settings))
     seconds = time.perf_counter() - started
     return {
         "prompt": prompt,
-        "text": decode(tokenizer, ids),
+        "text": tokenizer.decode(ids),
         "tokens": len(ids),
         "ended": len(ids) < settings["max_tokens"],  # the model wrote the separator
         "seconds": round(seconds, 3),

@@ -36,9 +36,7 @@ class ModelConfig:
     def __post_init__(self):
         bad = sorted(set(self.layer_pattern) - set("MA"))
         if bad or not self.layer_pattern:
-            raise ValueError(
-                f"layer pattern {self.layer_pattern!r} is not a string of M (Mamba-2) and A (attention)"
-            )
+            raise ValueError(f"layer pattern {self.layer_pattern!r} is not a string of M (Mamba-2) and A (attention)")
         for total, part, what in (
             (self.d_model, self.n_heads, "d_model is not a multiple of n_heads"),
             (self.n_heads, self.n_kv_heads, "n_heads is not a multiple of n_kv_heads"),

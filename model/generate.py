@@ -22,10 +22,13 @@ def choose(logits, temperature, top_k, top_p, generator):
 
 
 @torch.inference_mode()
-def generate(model, prompt_ids, max_tokens, *, temperature=0.8, top_k=0, top_p=1.0, stop_ids=(), seed=0):
+def generate(
+    model, prompt_ids, max_tokens, *, temperature=0.8, top_k=0, top_p=1.0, stop_ids=(), seed=0, vocab_size=None
+):
     """Yield up to max_tokens ids that continue prompt_ids (not empty); ends before an id in stop_ids.
 
-    The same seed gives the same text on the same device. Raises ValueError for a setting out of range.
+    vocab_size: the tokenizer's; ids from it on only pad the head and are never chosen. The same seed gives the same
+    text on the same device. Raises ValueError for a setting out of range.
     """
     if not prompt_ids:
         raise ValueError("the prompt has no tokens; begin with the separator")
@@ -39,7 +42,7 @@ def generate(model, prompt_ids, max_tokens, *, temperature=0.8, top_k=0, top_p=1
     state, tokens = model.new_state(), list(prompt_ids)
     for _ in range(max_tokens):
         logits, state = model.step(torch.tensor([tokens], device=device), state)
-        token = choose(logits[0, -1], temperature, top_k, top_p, generator)
+        token = choose(logits[0, -1, :vocab_size], temperature, top_k, top_p, generator)
         if token in stop_ids:
             return
         yield token

@@ -273,6 +273,7 @@ def test_generation_is_repeatable_and_ends_at_a_stop_token():
     assert first == list(generate(model, [1, 2, 3], 20, seed=7))
     assert len(first) == 20
     assert list(generate(model, [1, 2, 3], 20, seed=7, stop_ids=(first[4],))) == first[: first.index(first[4])]
+    assert max(generate(model, [1], 50, temperature=5.0, vocab_size=9)) == 8
     with pytest.raises(ValueError, match="no tokens"):
         next(generate(model, [], 5))
     with pytest.raises(ValueError, match="0 < top_p <= 1"):
