@@ -317,13 +317,19 @@ def test_sample_goes_on_to_the_separator_and_no_further(folder, tokenizer, tmp_p
 
     def write(model, prompt_ids, max_tokens, *, stop_ids, **settings):
         given.append((prompt_ids, max_tokens, stop_ids, settings))
-        yield from [*tokenizer.encode(" state"), 380]  # 380 is one of the head's spare rows
+        yield from tokenizer.encode(" state")
 
     monkeypatch.setattr(sample, "generate", write)
     assert sample.main([str(checkpoint), "--prompt", "the small", "--max-tokens", "50", "--top-k", "3"]) == 0
     assert given[0][0] == [tokenizer.separator_id, *tokenizer.encode("the small")]
     assert given[0][1:3] == (50, (tokenizer.separator_id,))
-    assert given[0][3] == {"temperature": 0.8, "top_p": 0.95, "top_k": 3, "seed": 0}
+    assert given[0][3] == {
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "top_k": 3,
+        "seed": 0,
+        "vocab_size": tokenizer.vocab_size,
+    }
     assert "the small state" in capsys.readouterr().out
     [written] = json.loads((tmp_path / "run/eval/sample_0000007.json").read_text())["samples"]
     assert written["text"] == " state" and written["ended"] is True

@@ -38,7 +38,7 @@ def clone(tmp_path_factory):
 
 
 def run(command, folder):
-    """Run one line of the README. Smaller: a megabyte a source, six steps, few items; other processes may use the port."""
+    """Run one line of the README; smaller: 0.6 MB a source, six steps, few items."""
     small = {
         "STEPS": "6", "CURATE_ARGS": "--limit-mb 0.6 --vocab-size 1024", "EVAL_ARGS": "--limit 4",
         "SAMPLE_ARGS": "--max-tokens 8", "PATH": f"{folder}/.venv/bin:{os.environ['PATH']}",
