@@ -6,7 +6,7 @@ DATA ?= data/$(RECIPE)
 OUT ?= $(DATA)
 RUN ?= runs/demo
 SIZE ?= nano
-STEPS ?= 520
+STEPS ?= 1600
 ARGS ?=
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -42,7 +42,7 @@ venv_from_apt = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "py
 
 demo: setup  ## the main job on this machine's own text: curate, train, score, sample, report
 	$(MAKE) --no-print-directory curate
-	$(MAKE) --no-print-directory train ARGS='--steps $(STEPS) --eval-every 65 --eval-tokens 60000 --save-every 130 --keep 2 --resume $(ARGS)'
+	$(MAKE) --no-print-directory train ARGS='--steps $(STEPS) --eval-every 200 --eval-tokens 60000 --save-every 400 --keep 2 --resume $(ARGS)'
 	$(MAKE) --no-print-directory eval sample report CKPT="$$(ls -d $(RUN)/checkpoints/step_*[0-9] | tail -n 1)"
 
 curate: setup  ## text to token shards: make curate RECIPE=local OUT=data/local
@@ -54,7 +54,7 @@ verify: setup  ## check every file of a data folder: make verify DATA=data/local
 train: setup  ## train: make train SIZE=nano DATA=data/local RUN=runs/mine ARGS='--steps 100'
 	deepspeed --quiet --num_gpus=$(PROCESSES) train/launch.py --size $(SIZE) --data $(DATA) --run $(RUN) $(ARGS)
 
-eval: setup need-CKPT  ## score a checkpoint: make eval CKPT=runs/demo/checkpoints/step_0000520
+eval: setup need-CKPT  ## score a checkpoint: make eval CKPT=runs/demo/checkpoints/step_0001600
 	$(PY) -m eval.scoreboard $(CKPT) $(EVAL_ARGS)
 
 sample: setup need-CKPT  ## text from a checkpoint: make sample CKPT=...
@@ -84,4 +84,4 @@ clean:  ## delete .venv and caches; data/ and runs/ stay
 
 .PHONY: need-CKPT
 need-CKPT:
-	@[ -n "$(CKPT)" ] || { echo "error: no checkpoint given; for example: make eval CKPT=runs/demo/checkpoints/step_0000520" >&2; exit 2; }
+	@[ -n "$(CKPT)" ] || { echo "error: no checkpoint given; for example: make eval CKPT=runs/demo/checkpoints/step_0001600" >&2; exit 2; }

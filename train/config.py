@@ -52,8 +52,8 @@ class TrainConfig:
 # fmt: off
 SIZE_DEFAULTS = {
     "tiny":       dict(batch_tokens=512,     micro_batch=4, lr=3e-3),
-    "nano":       dict(batch_tokens=8192,    micro_batch=4, lr=3e-3),
-    "nano-gated": dict(batch_tokens=8192,    micro_batch=4, lr=3e-3),
+    "nano":       dict(batch_tokens=2048,    micro_batch=4, lr=6e-3),
+    "nano-gated": dict(batch_tokens=2048,    micro_batch=4, lr=6e-3),
     "1.3B":       dict(batch_tokens=1 << 20, micro_batch=4, lr=2e-4),
     "2.7B":       dict(batch_tokens=1 << 20, micro_batch=2, lr=1.6e-4),
     "6.7B":       dict(batch_tokens=1 << 21, micro_batch=1, lr=1.2e-4),
