@@ -26,10 +26,13 @@ def main(argv=None):
     flags = vars(parser.parse_args(argv))
     flags.pop("local_rank")
     rank = int(os.environ.get("RANK", 0))
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="torch.distributed"
-    )  # DeepSpeed's calls, not ours
-    from train.loop import Stopped, train  # here, so that --help does not wait for torch
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for GPUs, and warns that it found none
+    # about calls that DeepSpeed makes
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    from train.loop import Stopped, train  # here, so that --help waits for neither
 
     try:
         train(TrainConfig(**flags))
