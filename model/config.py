@@ -3,8 +3,20 @@
 Needs no torch, so that a laptop can plan a run:  PRESETS["1.3B"].n_parameters
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+
+POSITIONS = ("rope", "alibi", "none")  # rotary; a slope a head (ALiBi); nothing but the causal mask (NoPE)
+ROPE_SCALINGS = ("none", "linear", "ntk", "yarn")
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+ATTENTION_OPTIONS = {"attention_gate", "qk_norm", "positions", "rope_scaling", "rope_factor", "attention_multiplier"}
+
+
+def check_layer_pattern(pattern):
+    """ValueError unless the pattern is a string of the letters M and A."""
+    bad = sorted(set(pattern) - set("MA"))
+    if bad or not pattern:
+        raise ValueError(f"layer pattern {pattern!r} is not a string of M (Mamba-2) and A (attention)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +31,7 @@ class ModelConfig:
     layer_pattern: str             # one letter a layer: "M" = Mamba-2, "A" = attention
     n_heads: int                   # query heads of an attention layer
     n_kv_heads: int                # key and value heads of an attention layer (grouped-query attention)
-    d_ff: int                      # inner width of the SwiGLU after each mixer
+    d_ff: int                      # inner width of the SwiGLU after each mixer; 0 leaves it out
     seq_len: int                   # tokens in a training sequence
     vocab_size: int = 50304        # rows of the embedding and of the head; training sets it from the tokenizer
     d_state: int = 128             # N, the state each Mamba head keeps for each of its channels
@@ -29,14 +41,24 @@ class ModelConfig:
     expand: int = 2                # d_inner / d_model
     chunk_size: int = 256          # Q, positions that the scan handles as one matrix product; changes speed only
     attention_gate: bool = False   # a sigmoid of the layer's input scales the heads' outputs
+    qk_norm: bool = False          # RMSNorm over each query and key head, before the positions
+    positions: str = "rope"        # how attention knows them: one of POSITIONS
     rope_theta: float = 10000.0    # base of the rotary angles (arXiv:2104.09864)
+    rope_scaling: str = "none"     # one of ROPE_SCALINGS, for contexts longer than the angles were trained on
+    rope_factor: float = 1.0       # by how much longer
+    rope_original_seq_len: int | None = None  # the context before the scaling; "yarn" alone needs it
+    tied_embeddings: bool = False  # the head's matrix is the embedding's
+    embedding_norm: bool = False   # RMSNorm after the embedding
+    zero_init_output: bool = False # projections onto the residual stream start at zero: every layer as the identity
+    embedding_multiplier: float = 1.0           # these four are Granite's: onto the embedding,
+    attention_multiplier: float | None = None   # onto q k^T (None: 1 / sqrt(head_dim)),
+    residual_multiplier: float = 1.0            # onto what a mixer or SwiGLU adds to the residual stream,
+    logits_scaling: float = 1.0                 # and a divisor of the logits
     norm_eps: float = 1e-5
     # fmt: on
 
     def __post_init__(self):
-        bad = sorted(set(self.layer_pattern) - set("MA"))
-        if bad or not self.layer_pattern:
-            raise ValueError(f"layer pattern {self.layer_pattern!r} is not a string of M (Mamba-2) and A (attention)")
+        check_layer_pattern(self.layer_pattern)
         for total, part, what in (
             (self.d_model, self.n_heads, "d_model is not a multiple of n_heads"),
             (self.n_heads, self.n_kv_heads, "n_heads is not a multiple of n_kv_heads"),
@@ -46,6 +68,45 @@ class ModelConfig:
         ):
             if part < 1 or total < 1 or total % part:
                 raise ValueError(f"{what}: {total} and {part}")
+        self._check_options()
+
+    def _check_options(self):
+        """Refuse an option that would do nothing, or that has no meaning."""
+        for name, allowed in (("positions", POSITIONS), ("rope_scaling", ROPE_SCALINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        if self.d_ff < 0:
+            raise ValueError(f"d_ff {self.d_ff} is negative; 0 leaves the SwiGLU out")
+        for name in ("rope_theta", *MULTIPLIERS):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} {value} is not positive")
+        if "A" not in self.layer_pattern:
+            for f in fields(self):
+                if f.name in ATTENTION_OPTIONS and getattr(self, f.name) != f.default:
+                    raise ValueError(
+                        f"{f.name} {getattr(self, f.name)!r} acts on attention layers, and the layer pattern "
+                        f"{self.layer_pattern!r} has none; leave it at {f.default!r}"
+                    )
+        if self.rope_scaling != "none" and self.positions != "rope":
+            raise ValueError(f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
+        if self.rope_scaling == "none" and self.rope_factor != 1:
+            raise ValueError(f"rope_factor {self.rope_factor} needs a rope_scaling: {', '.join(ROPE_SCALINGS[1:])}")
+        if self.rope_scaling != "none" and not self.rope_factor > 1:
+            raise ValueError(f"rope_scaling {self.rope_scaling!r} needs a rope_factor above 1, not {self.rope_factor}")
+        if self.rope_scaling == "ntk" and self.head_dim < 4:
+            raise ValueError(f"rope_scaling 'ntk' needs attention heads of 4 channels or more, not {self.head_dim}")
+        if (self.rope_original_seq_len is not None) != (self.rope_scaling == "yarn"):
+            raise ValueError(
+                f"rope_original_seq_len {self.rope_original_seq_len} with rope_scaling {self.rope_scaling!r}: "
+                "'yarn' needs it, and nothing else reads it"
+            )
+        if self.rope_original_seq_len is not None and self.rope_original_seq_len < 1:
+            raise ValueError(f"rope_original_seq_len {self.rope_original_seq_len} is not positive")
+        if self.embedding_norm and self.embedding_multiplier != 1:
+            raise ValueError(
+                f"embedding_multiplier {self.embedding_multiplier} does nothing before embedding_norm; leave one out"
+            )
 
     @property
     def n_layers(self):
