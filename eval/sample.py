@@ -14,7 +14,7 @@ from pathlib import Path
 from curation.tokenizer import load_tokenizer
 from eval.scoreboard import DEVICE, eval_folder
 from model.generate import generate
-from train.checkpoint import load_checkpoint
+from model.weights import load_checkpoint
 from train.run_dir import write_json
 
 PROMPTS = ("", "def main(", "The function returns ")
