@@ -88,9 +88,11 @@ class Checkpoint:
             whole[name] = flat.view(shape)
         return whole
 
-    def load_model(self, device="cpu"):
+    def load_model(self, device="cpu", kernels="auto"):
         """The model with these weights in float32, ready for inference."""
-        model = HybridLM(self.model_config)
+        if kernels == "auto" and torch.device(device).type == "cpu":
+            kernels = "torch"  # whatever GPU the machine has
+        model = HybridLM(self.model_config, kernels=kernels)
         model.load_state_dict(self.tensors())
         return model.to(device).eval()
 

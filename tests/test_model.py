@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from model import reference
 from model.config import PRESETS, ModelConfig, get_preset, place_attention
 from model.generate import choose, generate
 from model.hybrid import HybridLM
@@ -82,7 +83,7 @@ def test_convolution_equals_torch_conv1d():
 
 def test_mixer_equals_its_recurrence_token_by_token():
     torch.manual_seed(0)
-    mixer = Mamba2(MIXERS["mamba"])
+    mixer = Mamba2(MIXERS["mamba"], reference)
     mixer.init_scan()
     for name, parameter in mixer.named_parameters():
         if "proj" in name:

@@ -20,8 +20,8 @@ CHECKPOINT_PREFIX = "step_"
 # What may differ when a run goes on: where it stops, how it is watched, and how the work is laid out over machines.
 MAY_CHANGE = frozenset({
     "run.data", "run.run", "run.stop_after", "run.micro_batch", "run.ds_config", "run.save_every", "run.keep",
-    "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "plan.last_step", "plan.micro_batch",
-    "plan.grad_accum",
+    "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.kernels", "run.recompute",
+    "plan.last_step", "plan.micro_batch", "plan.grad_accum",
 })  # fmt: skip
 COMPARED = ("run", "plan", "model", "data.manifest_sha256")  # the rest (versions, argv ...) is there to be read
 
