@@ -79,14 +79,15 @@ class Checkpoint:
                     found.setdefault(key, []).append((self.path / name, key, start, numel))
         return found
 
+    def tensor(self, name, kind=WEIGHT):
+        """One parameter in float32, or one of its MOMENTS."""
+        whole = torch.empty(self.shapes[name])
+        copy_stretch(whole.view(-1), self.stored_pieces[f"{kind}/{name}"], 0)
+        return whole
+
     def tensors(self, kind=WEIGHT):
         """{parameter name: float32 tensor} of the weights, or of one of MOMENTS."""
-        whole = {}
-        for name, shape in self.shapes.items():
-            flat = torch.empty(torch.Size(shape).numel())
-            copy_stretch(flat, self.stored_pieces[f"{kind}/{name}"], 0)
-            whole[name] = flat.view(shape)
-        return whole
+        return {name: self.tensor(name, kind) for name in self.shapes}
 
     def load_model(self, device="cpu", kernels="auto"):
         """The model with these weights in float32, ready for inference."""
