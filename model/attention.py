@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
@@ -70,8 +71,16 @@ class KVCache:
         self.buffer, self.length, self.start = buffer, length, start
 
     @classmethod
-    def of(cls, keys, values, start=None):
-        return cls(_Buffer(torch.stack([keys, values])), keys.shape[1], start)
+    def stack(cls, caches, rows):
+        """One cache of the rows of several, in the order of `rows`; shorter ones are padded on the left."""
+        if len(caches) == 1:
+            return caches[0]
+        length = max(cache.length for cache in caches)
+        front = [length - cache.length for cache in caches]
+        kept = [cache.buffer.tensor[:, :, : cache.length] for cache in caches]
+        padded = [F.pad(t, (0, 0, 0, 0, n, 0)) for t, n in zip(kept, front, strict=True)]
+        start = [torch.full((t.shape[1],), n, device=t.device) for t, n in zip(kept, front, strict=True)]
+        return cls(_Buffer(torch.cat(padded, dim=1)[:, rows]), length, torch.cat(start)[rows])
 
     @property
     def keys(self):
@@ -120,10 +129,12 @@ def rope_frequencies(config, device):
     section 3.1); "yarn" slows what turns less than once in the original context, keeps what turns more than 32 times,
     and lengthens queries and keys by 0.1 ln(factor) + 1 (arXiv:2309.00071, sections 3.2 to 3.4).
     """
-    p, base, factor = config.head_dim, config.rope_theta, config.rope_factor
+    p, base, factor = config.rope_dim or config.head_dim, config.rope_theta, config.rope_factor
     if config.rope_scaling == "ntk":
         base *= factor ** (p / (p - 2))
     frequencies = base ** (-torch.arange(0, p, 2, device=device, dtype=torch.float32) / p)
+    if config.rope_dim:
+        frequencies = F.pad(frequencies, (0, (config.head_dim - p) // 2))  # the other pairs stand still
     if config.rope_scaling == "linear":
         return frequencies / factor, 1.0
     if config.rope_scaling != "yarn":

@@ -9,7 +9,8 @@ from functools import cached_property
 POSITIONS = ("rope", "alibi", "none")  # rotary; a slope a head (ALiBi); nothing but the causal mask (NoPE)
 ROPE_SCALINGS = ("none", "linear", "ntk", "yarn")
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-ATTENTION_OPTIONS = {"attention_gate", "qk_norm", "positions", "rope_scaling", "rope_factor", "attention_multiplier"}
+ROPE_OPTIONS = {"positions", "rope_dim", "rope_scaling", "rope_factor"}
+ATTENTION_OPTIONS = ROPE_OPTIONS | {"attention_gate", "qk_norm", "attention_multiplier"}
 
 
 def check_layer_pattern(pattern):
@@ -44,6 +45,7 @@ class ModelConfig:
     qk_norm: bool = False          # RMSNorm over each query and key head, before the positions
     positions: str = "rope"        # how attention knows them: one of POSITIONS
     rope_theta: float = 10000.0    # base of the rotary angles (arXiv:2104.09864)
+    rope_dim: int | None = None    # channels of each head that turn, an even number; None: all (Bamba turns half)
     rope_scaling: str = "none"     # one of ROPE_SCALINGS, for contexts longer than the angles were trained on
     rope_factor: float = 1.0       # by how much longer
     rope_original_seq_len: int | None = None  # the context before the scaling; "yarn" alone needs it
@@ -88,6 +90,12 @@ class ModelConfig:
                         f"{f.name} {getattr(self, f.name)!r} acts on attention layers, and the layer pattern "
                         f"{self.layer_pattern!r} has none; leave it at {f.default!r}"
                     )
+        if self.rope_dim is not None and self.positions != "rope":
+            raise ValueError(f"rope_dim {self.rope_dim} needs positions 'rope', not {self.positions!r}")
+        if self.rope_dim is not None and self.rope_scaling != "none":
+            raise ValueError(f"rope_scaling {self.rope_scaling!r} needs whole heads that turn; leave out rope_dim")
+        if self.rope_dim is not None and (self.rope_dim % 2 or not 0 < self.rope_dim < self.head_dim):
+            raise ValueError(f"rope_dim {self.rope_dim} is not an even number below the head width {self.head_dim}")
         if self.rope_scaling != "none" and self.positions != "rope":
             raise ValueError(f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
         if self.rope_scaling == "none" and self.rope_factor != 1:

@@ -327,6 +327,8 @@ def test_sample_goes_on_to_the_separator_and_no_further(folder, tokenizer, tmp_p
         "temperature": 0.8,
         "top_p": 0.95,
         "top_k": 3,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "seed": 0,
         "vocab_size": tokenizer.vocab_size,
     }
