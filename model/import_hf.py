@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from model.config import ModelConfig
 from model.hybrid import HybridLM
-from model.stock import model_config, parameter_names
+from model.stock import model_config, parameter_names, turning_first
 from model.tokenizer_files import open_processor
 from model.weights import TOKENIZER, write_weights
 
@@ -65,9 +65,12 @@ def read_tensors(folder, config, names):
         raise ValueError(
             f"{folder} {what} parameter {wrong[0]} ({len(wrong)} such); its config.json fits other weights"
         )
+    turned = config.rope_dim is not None  # never so in Granite, and ours has the rows in our order already
     for name, ours in names.items():
         with safe_open(files[name], framework="pt") as opened:
             whole = opened.get_tensor(name).float()
+        if turned and name.endswith(("q_proj.weight", "k_proj.weight")):
+            whole = turning_first(whole, config)
         rows = [shapes[part][0] for part in ours]
         if len(whole) != sum(rows) or whole.numel() != sum(shapes[part].numel() for part in ours):
             raise ValueError(

@@ -3,12 +3,12 @@
 model.export puts this file, and those that it imports, beside the weights; trust_remote_code=True loads them.
 """
 
-import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model.config import ModelConfig
 from model.configuration_braid import BraidConfig
+from model.generate import prefill
 from model.hybrid import HybridLM
 
 
@@ -47,32 +47,35 @@ class BraidForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Logits (b, l, vocab), or of the last `logits_to_keep` positions. Padding may stand on the right alone.
+        """Logits (b, l, vocab), or of the last `logits_to_keep` positions (an int; 0: of all).
 
-        A causal model does not see what stands on its right, so the logits of padding are the only ones that mean
-        nothing; in generation prompts must be of one length. Raises ValueError for padding elsewhere.
+        Padding, 0 in attention_mask (b, l), may stand anywhere without a cache. A prompt with padding gets a cache if
+        the padding is on the left and the logits of the last position alone are asked for, as generate does it.
+        Raises ValueError for padding in other places.
         """
-        if attention_mask is not None and not attention_mask.all():
-            left = attention_mask.diff(dim=1).gt(0).any()
-            if left or past_key_values is not None or use_cache:
-                raise ValueError(
-                    "padding on the left or inside a row is not supported, and none at all in generation; "
-                    "generate from one prompt at a time, or from prompts of one length"
-                )
-        state = self.model.new_state() if past_key_values is None else past_key_values.state
-        if use_cache:
-            state = [dict(layer) for layer in state]
-            length = input_ids.shape[1] + (0 if past_key_values is None else past_key_values.length)
-            past_key_values = BraidCache(state, length)
-        elif past_key_values is None:
-            state = None
-        hidden = self.model.hidden(input_ids, state=state)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        logits = self.model.logits(hidden[:, logits_to_keep if torch.is_tensor(logits_to_keep) else keep])
+        new = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        padded = new is not None and not new.all()
+        if padded and use_cache:
+            if past_key_values is not None or logits_to_keep != 1 or (new.diff(dim=1) < 0).any():
+                raise ValueError("with a cache, padding may stand only on the left of the first call's prompts")
+            prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, new, strict=True)]
+            logits, state = prefill(self.model, prompts)
+            return CausalLMOutputWithPast(
+                logits=logits[:, None], past_key_values=BraidCache(state, input_ids.shape[1])
+            )
+        seen = 0 if past_key_values is None else past_key_values.length
+        state = None
+        if use_cache or past_key_values is not None:
+            state = self.model.new_state() if past_key_values is None else past_key_values.state
+            state = [dict(layer) for layer in state]  # the cache that came in stays as it was
+        # padding becomes a document of its own, which the others cannot see
+        hidden = self.model.hidden(input_ids, document_ids=new.long() if padded else None, state=state)
+        logits = self.model.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        cache = BraidCache(state, seen + input_ids.shape[1]) if use_cache else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **kwargs

@@ -56,6 +56,19 @@ def parameter_names(config, family):
     return names
 
 
+def turning_first(weight, config):
+    """The rows of a stock class's q_proj or k_proj in our order, where only a part of each head turns.
+
+    Bamba turns the first rope_dim channels, each with the one half of rope_dim behind it; ours has half of a head
+    between the two of every pair. The order changes no product of a query and a key.
+    """
+    p, half = config.head_dim, config.rope_dim // 2
+    rest = range(2 * half, p)
+    middle = len(rest) // 2
+    order = [*range(half), *rest[:middle], *range(half, 2 * half), *rest[middle:]]
+    return weight.unflatten(0, (-1, p))[:, order].flatten(0, 1)
+
+
 def below(theirs, ours, names):
     """The same table for a module that stands at `theirs` and at `ours`."""
     return {f"{theirs}.{name}": tuple(f"{ours}.{part}" for part in parts) for name, parts in names.items()}
@@ -67,6 +80,7 @@ def why_not_granite(config):
         (config.attention_gate, "the output gate of attention"),
         (config.qk_norm, "the norm of queries and keys"),
         (config.positions == "alibi", "ALiBi"),
+        (config.rope_dim is not None, "heads of which only a part turns"),
         (config.embedding_norm, "the norm after the embedding"),
         (config.d_ff == 0, "layers without a SwiGLU"),
         # transformers' cache counts the tokens in an attention layer
@@ -190,7 +204,7 @@ def attention_fields(theirs, rope, scaling):
     fields = {"rope_theta": float(rope["rope_theta"])}
     share = rope.get("partial_rotary_factor", 1.0) if theirs.model_type == BAMBA else 1.0
     if share != 1:
-        raise ValueError(f"its partial_rotary_factor is {share}; our network has only 1.0")
+        fields["rope_dim"] = int(share * (theirs.hidden_size // theirs.num_attention_heads))
     if scaling != "none":
         fields |= {"rope_scaling": scaling, "rope_factor": float(rope["factor"])}
     if scaling == "yarn":
