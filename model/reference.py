@@ -15,7 +15,8 @@ IGNORED_TARGET = -100  # a target that cross_entropy leaves out
 def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):
     """Depthwise causal convolution, then SiLU.
 
-    x (b, l, d); weight (d, w); bias (d,). initial_state (b, w - 1, d) holds the inputs before x (zeros if None).
+    x (b, l, d); weight (d, w); bias (d,). initial_state (b, w - 1, d) holds the inputs before x, of the first
+    document (zeros if None).
     Returns y (b, l, d) and the last w - 1 inputs, (b, w - 1, d), from which a next call goes on.
     """
     b, l, d = x.shape
@@ -27,8 +28,8 @@ def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):
     for back in range(1, width):
         earlier = inputs[:, width - 1 - back : width - 1 - back + l]  # x[t - back] at t
         if document_ids is not None:
-            other = F.pad(document_ids[:, back:] != document_ids[:, :-back], (min(back, l), 0), value=False)
-            earlier = earlier.masked_fill(other[:, :l, None], 0)
+            from_document = torch.cat([document_ids[:, :1].expand(-1, back), document_ids], dim=1)[:, :l]
+            earlier = earlier.masked_fill((from_document != document_ids)[..., None], 0)
         y = y + weight[:, -1 - back] * earlier
     return F.silu(y), inputs[:, l:]
 
