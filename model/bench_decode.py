@@ -27,13 +27,17 @@ BENCH = replace(
 
 def same_size(config):
     """{name: ModelConfig} of the shape itself and of its pure forms, d_ff changed to bring back the parameters."""
-    shapes = {"hybrid": config}
-    n = config.n_layers
+    if set(config.layer_pattern) != {"M", "A"}:
+        raise ValueError(
+            f"layer pattern {config.layer_pattern!r} is no hybrid; choose a --size with both M and A layers"
+        )
+    shapes, n = {"hybrid": config}, config.n_layers
     for name, letter in (("Mamba-2", "M"), ("attention", "A")):
         options = dict(attention_gate=False, qk_norm=False, positions="rope") if letter == "M" else {}
         pure = replace(config, layer_pattern=letter * n, **options)
         missing = config.n_parameters - pure.n_parameters
-        shapes[name] = replace(pure, d_ff=max(0, pure.d_ff + round(missing / (3 * n * config.d_model))))
+        width = pure.d_ff + missing / (3 * n * config.d_model)
+        shapes[name] = replace(pure, d_ff=max(0, round(width / 16) * 16))  # of 16, or GPU products would be slower
     return shapes
 
 

@@ -1,6 +1,7 @@
 """Decoding: the recurrent state and the cache against the forward pass, batches against single prompts, sampling."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import (
 )
 
 from model.attention import KVCache
+from model.bench_decode import BENCH, same_size
+from model.bench_decode import main as bench
 from model.config import PRESETS
 from model.generate import Sampling, generate, generate_batch, prefill, probabilities
 from model.hybrid import HybridLM
@@ -234,3 +237,20 @@ def test_probabilities_equal_those_of_transformers(settings):
         theirs = MinPLogitsWarper(sampling.min_p)(history, theirs)
     seen = torch.zeros(4, 200, dtype=torch.bool).scatter_(1, history, True)
     torch.testing.assert_close(probabilities(logits, sampling, seen), theirs.softmax(-1), rtol=1e-5, atol=1e-7)
+
+
+def test_benchmark_compares_models_of_one_size_and_shows_the_state(capsys):
+    for config in (BENCH, PRESETS["1.3B"], PRESETS["nano-gated"]):
+        counts = [shape.n_parameters for shape in same_size(config).values()]
+        assert max(counts) / min(counts) < 1.01
+    arguments = ["--size", "tiny", "--new-tokens", "2", "--device", "cpu"]
+    assert bench([*arguments, "--contexts", "8", "32", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    state = {(row["model"], row["context"]): row["state_bytes"] for row in rows}
+    assert state["Mamba-2", 8] == state["Mamba-2", 32]
+    assert state["attention", 32] == 4 * state["attention", 8]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert bench([*arguments, "--contexts", "8"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    assert bench(["--size", "mamba-130M"]) == 2
+    assert "is no hybrid" in capsys.readouterr().err
