@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from launching import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -41,6 +42,7 @@ OPTIONS = {
         tied_embeddings=True, embedding_norm=True, zero_init_output=True, residual_multiplier=0.5, logits_scaling=2.0,
     ),
 }  # fmt: skip
+OPTION_FIELDS = {name for options in OPTIONS.values() for name in options}
 PATTERN = "MAMA"
 COUNTED = ("attention_projections", "mamba_projections", "mlp", "head")  # what is a product of torch's own
 
@@ -225,6 +227,18 @@ def test_pattern_context_and_scaling_are_flags_of_a_run(capsys):
     assert "lab: MMMA, sequences of 1,024 tokens" in capsys.readouterr().out
     assert launch(["--size", "nano-gated", "--layer-pattern", "MM"]) == 2
     assert capsys.readouterr().err.startswith("error: attention_gate True acts on attention layers")
+
+
+def test_readme_shows_the_true_counts():
+    readme = (ROOT / "model/README.md").read_text()
+    for size, config in PRESETS.items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{size}` |"))
+        n = config.n_parameters
+        assert row.split(" | ")[1] == (f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.1f}M")
+        assert f"| {config.seq_len:,} |" in row
+    for field in dataclasses.fields(ModelConfig):
+        if field.name in OPTION_FIELDS:
+            assert f"`{field.name}`" in readme, field.name
 
 
 # what the options do
