@@ -2,8 +2,9 @@
 
 python -m model.export runs/demo/checkpoints/step_0000520 exports/demo
 
-The folder is of the stock class GraniteMoeHybridForCausalLM wherever that has what the shape needs. Other shapes come
-with the network's own source files and load with trust_remote_code=True. The command says which it was, and why.
+The folder is of a stock class wherever one has what the shape needs: GraniteMoeHybridForCausalLM (dense), and for Mamba-2
+mixers alone Mamba2ForCausalLM. Other shapes come with the network's own source files and load with
+trust_remote_code=True. The command says which it was, and why.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model.stock import CLASSES, GRANITE, granite_config, parameter_names, why_not_granite
+from model.stock import CLASSES, parameter_names, stock_class, stock_config
 from model.tokenizer_files import SEPARATOR, open_processor, write_tokenizer
 from model.weights import load_checkpoint, new_folder
 
@@ -39,14 +40,14 @@ def load_ops(name):
 
 
 def export(checkpoint, out, *, dtype="float32", shard_gb=SHARD_GB):
-    """Write the folder `out`, whole or not at all. Returns None for the stock class, else why it could not be.
+    """Write the folder `out`, whole or not at all. Returns (stock class, None), or (None, why it could not be one).
 
     Raises ValueError if `out` exists or the checkpoint's tokenizer is not one of ours.
     """
     config, separator_id = checkpoint.model_config, open_processor(checkpoint.tokenizer_path).piece_to_id(SEPARATOR)
-    why_not = why_not_granite(config)
-    if why_not is None:
-        content, names = stock_content(config), parameter_names(config, GRANITE)
+    family, why_not = stock_class(config)
+    if family:
+        content, names = stock_config(config, family), parameter_names(config, family)
     else:
         content, names = own_content(config), {f"model.{name}": (name,) for name in checkpoint.shapes}
     content |= {"dtype": dtype, "bos_token_id": separator_id, "eos_token_id": separator_id}
@@ -55,20 +56,11 @@ def export(checkpoint, out, *, dtype="float32", shard_gb=SHARD_GB):
         write_json(folder / "config.json", content)
         write_json(folder / "generation_config.json", generation_content(checkpoint, separator_id))
         write_tokenizer(checkpoint.tokenizer_path, folder, seq_len=config.seq_len)
-        if why_not:
+        if not family:
             for name, source in own_sources().items():
                 (folder / name).write_text(source)
-        (folder / "README.md").write_text(model_card(checkpoint, dtype, why_not))
-    return why_not
-
-
-def stock_content(config):
-    """config.json of the stock class."""
-    names = [CLASSES[GRANITE]]
-    if config.positions == "rope" and len(set(config.layer_pattern)) == 2:
-        # llama.cpp's converter rotates the queries and keys of this class's hybrids only if it finds this name too
-        names.append("BambaForCausalLM")
-    return {"architectures": names, **granite_config(config)}
+        (folder / "README.md").write_text(model_card(checkpoint, dtype, family, why_not))
+    return CLASSES.get(family), why_not
 
 
 def own_content(config):
@@ -111,6 +103,7 @@ def write_tensors(checkpoint, names, folder, dtype, shard_gb):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: join(name, [checkpoint.tensor(part) for part in names[name]]).to(dtype) for name in shard}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors writes for the owner alone, but a server may be another user
         where |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
@@ -137,14 +130,14 @@ def own_sources():
     return sources
 
 
-def model_card(checkpoint, dtype, why_not):
+def model_card(checkpoint, dtype, family, why_not):
     """README.md of the folder."""
     config = checkpoint.model_config
-    remote = ", trust_remote_code=True" if why_not else ""
+    remote = "" if family else ", trust_remote_code=True"
     kind = (
-        f"It comes with its own code (`modeling_braid.py`), because `{CLASSES[GRANITE]}` lacks {why_not}."
-        if why_not
-        else f"It is of the stock class `{CLASSES[GRANITE]}` (dense), and needs no other code."
+        f"It is of transformers' own class `{CLASSES[family]}`, and needs no other code."
+        if family
+        else f"It comes with its own code (`modeling_braid.py`), because {why_not}."
     )
     rows = "\n".join(f"| `{name}` | {json.dumps(value)} |" for name, value in asdict(config).items())
     return f"""---
@@ -191,14 +184,15 @@ def main(argv=None):
     try:
         if not flags.shard_gb > 0:
             raise ValueError(f"--shard-gb {flags.shard_gb}: it must be positive")
-        why_not = export(load_checkpoint(flags.checkpoint), flags.out, dtype=flags.dtype, shard_gb=flags.shard_gb)
+        checkpoint = load_checkpoint(flags.checkpoint)
+        name, why_not = export(checkpoint, flags.out, dtype=flags.dtype, shard_gb=flags.shard_gb)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if why_not:
-        print(f"{flags.out}: own code, load with trust_remote_code=True, because {CLASSES[GRANITE]} lacks {why_not}")
+    if name:
+        print(f"{flags.out}: stock class {name}, which has all that this shape needs")
     else:
-        print(f"{flags.out}: stock class {CLASSES[GRANITE]}, which has all that this shape needs")
+        print(f"{flags.out}: own code, load with trust_remote_code=True, because {why_not}")
     return 0
 
 

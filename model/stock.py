@@ -1,12 +1,12 @@
-"""Our shapes and parameter names, and those of transformers' stock classes: GraniteMoeHybrid (dense) and Bamba.
+"""Our shapes and parameter names, and those of transformers' stock classes: GraniteMoeHybrid (dense), Mamba2, Bamba.
 
-Both classes have our mathematics under other names: where theirs is one matrix, ours are several, as rows of it.
+The classes have our mathematics under other names: where theirs is one matrix, ours are several, as rows of it.
 """
 
 from model.config import ModelConfig
 
-GRANITE, BAMBA = "granitemoehybrid", "bamba"
-CLASSES = {GRANITE: "GraniteMoeHybridForCausalLM", BAMBA: "BambaForCausalLM"}
+GRANITE, BAMBA, MAMBA2 = "granitemoehybrid", "bamba", "mamba2"
+CLASSES = {GRANITE: "GraniteMoeHybridForCausalLM", BAMBA: "BambaForCausalLM", MAMBA2: "Mamba2ForCausalLM"}
 # the names that Granite 4.0's own configurations have: transformers 5 reads them too, llama.cpp's converter only them
 LAYER_TYPES = {"M": "mamba", "A": "attention"}
 KINDS = {"mamba": "M", "linear_attention": "M", "attention": "A", "full_attention": "A"}
@@ -41,18 +41,25 @@ LAYER = {
         "feed_forward.up_proj.weight": ("mlp.in_proj.up",),
         "feed_forward.down_proj.weight": ("mlp.out_proj.weight",),
     },
+    MAMBA2: {"norm.weight": ("mixer_norm.weight",)},
 }
-FINAL_NORM = {GRANITE: "model.norm.weight", BAMBA: "model.final_layernorm.weight"}
+# embedding, last norm, the layers, and the Mamba-2 mixer in a layer
+FRAME = {
+    GRANITE: ("model.embed_tokens.weight", "model.norm.weight", "model.layers", "mamba"),
+    BAMBA: ("model.embed_tokens.weight", "model.final_layernorm.weight", "model.layers", "mamba"),
+    MAMBA2: ("backbone.embeddings.weight", "backbone.norm_f.weight", "backbone.layers", "mixer"),
+}
 
 
 def parameter_names(config, family):
     """{their name: the names of ours that make it up, as rows one below the other}, for a stock class."""
-    names = {"model.embed_tokens.weight": ("embedding.weight",), FINAL_NORM[family]: ("norm.weight",)}
+    embedding, norm, layers, mamba = FRAME[family]
+    names = {embedding: ("embedding.weight",), norm: ("norm.weight",)}
     if not config.tied_embeddings:
         names["lm_head.weight"] = ("head.weight",)
     for i, kind in enumerate(config.layer_pattern):
-        mixer = below("mamba", "mixer", MAMBA) if kind == "M" else below("self_attn", "mixer", ATTENTION)
-        names |= below(f"model.layers.{i}", f"layers.{i}", LAYER[family] | mixer)
+        mixer = below(mamba, "mixer", MAMBA) if kind == "M" else below("self_attn", "mixer", ATTENTION)
+        names |= below(f"{layers}.{i}", f"layers.{i}", LAYER[family] | mixer)
     return names
 
 
@@ -74,23 +81,68 @@ def below(theirs, ours, names):
     return {f"{theirs}.{name}": tuple(f"{ours}.{part}" for part in parts) for name, parts in names.items()}
 
 
-def why_not_granite(config):
-    """What of this shape the dense GraniteMoeHybridForCausalLM lacks, in a few words; None if nothing."""
-    lacks = [
-        (config.attention_gate, "the output gate of attention"),
-        (config.qk_norm, "the norm of queries and keys"),
-        (config.positions == "alibi", "ALiBi"),
-        (config.rope_dim is not None, "heads of which only a part turns"),
-        (config.embedding_norm, "the norm after the embedding"),
-        (config.d_ff == 0, "layers without a SwiGLU"),
-        # transformers' cache counts the tokens in an attention layer
-        ("A" not in config.layer_pattern, "generation without an attention layer"),
-    ]
-    return ", ".join(what for has, what in lacks if has) or None
+def stock_class(config):
+    """(GRANITE or MAMBA2, None) for a shape that the class has all of, else (None, what the nearer of the two lacks)."""
+    if "A" not in config.layer_pattern and config.d_ff == 0:
+        family = MAMBA2
+        lacks = [
+            (config.embedding_norm, "the norm after the embedding"),
+            (config.embedding_multiplier != 1, "a multiplier of the embedding"),
+            (config.residual_multiplier != 1, "a multiplier of the residual stream"),
+            (config.logits_scaling != 1, "a divisor of the logits"),
+        ]
+    else:
+        family = GRANITE
+        lacks = [
+            (config.attention_gate, "the output gate of attention"),
+            (config.qk_norm, "the norm of queries and keys"),
+            (config.positions == "alibi", "ALiBi"),
+            (config.rope_dim is not None, "heads of which only a part turns"),
+            (config.embedding_norm, "the norm after the embedding"),
+            (config.d_ff == 0, "layers without a SwiGLU"),
+            # transformers' cache counts the tokens in an attention layer
+            ("A" not in config.layer_pattern, "generation without an attention layer"),
+        ]
+    missing = ", ".join(what for has, what in lacks if has)
+    return (None, f"{CLASSES[family]} lacks {missing}") if missing else (family, None)
+
+
+def stock_config(config, family):
+    """config.json of the class that stock_class has chosen, as a dict."""
+    return granite_config(config) if family == GRANITE else mamba2_config(config)
+
+
+def mamba2_config(config):
+    return {
+        "architectures": [CLASSES[MAMBA2]],
+        "model_type": MAMBA2,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_heads": config.n_mamba_heads,
+        "head_dim": config.mamba_head_dim,
+        "state_size": config.d_state,
+        "n_groups": config.n_groups,
+        "conv_kernel": config.d_conv,
+        "expand": config.expand,
+        "chunk_size": config.chunk_size,
+        "max_position_embeddings": config.seq_len,  # read by lm-eval and by our own import
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tied_embeddings,
+        "hidden_act": "silu",
+        "use_bias": False,
+        "use_conv_bias": True,
+        "residual_in_fp32": False,
+        "use_cache": True,
+        "pad_token_id": None,
+    }
 
 
 def granite_config(config):
-    """config.json of the stock class, as a dict, for a shape of which it lacks nothing."""
+    names = [CLASSES[GRANITE]]
+    if config.positions == "rope" and "M" in config.layer_pattern:
+        # llama.cpp's converter rotates the queries and keys of this class's hybrids only if it finds this name too
+        names.append(CLASSES[BAMBA])
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling == "ntk":  # a larger base and nothing else
         rope["rope_theta"] *= config.rope_factor ** (config.head_dim / (config.head_dim - 2))
@@ -99,6 +151,7 @@ def granite_config(config):
     if config.rope_scaling == "yarn":
         rope["original_max_position_embeddings"] = config.rope_original_seq_len
     return {
+        "architectures": names,
         "model_type": GRANITE,
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -138,73 +191,98 @@ def granite_config(config):
 
 
 def model_config(theirs):
-    """The ModelConfig of a GraniteMoeHybridConfig or BambaConfig of transformers.
+    """The ModelConfig of a GraniteMoeHybridConfig, Mamba2Config or BambaConfig of transformers.
 
     Raises ValueError, naming the field, for what our network does not have.
     """
-    family = theirs.model_type
-    bamba = family == BAMBA
-    if family not in CLASSES:
-        raise ValueError(f"its model_type is {family!r}; import takes {' and '.join(CLASSES)}")
-    rope = dict(theirs.rope_parameters or {})
-    scaling = rope.get("rope_type", "default").replace("default", "none")
-    for field, value, allowed in (
-        ("num_local_experts", getattr(theirs, "num_local_experts", 0), 0),
-        ("hidden_act", theirs.hidden_act, "silu"),
-        ("attention_bias", theirs.attention_bias, False),
-        ("mlp_bias", getattr(theirs, "mlp_bias", False), False),
-        ("mamba_proj_bias", theirs.mamba_proj_bias, False),
-        ("mamba_conv_bias", theirs.mamba_conv_bias, True),
-        ("time_step_limit", tuple(theirs.time_step_limit or (0.0, float("inf"))), (0.0, float("inf"))),
-        ("head_dim", getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
-         theirs.hidden_size // theirs.num_attention_heads),
-    ):  # fmt: skip
-        if value != allowed:
-            raise ValueError(f"its {field} is {value!r}; our network has only {allowed!r}")
+    if theirs.model_type not in CLASSES:
+        raise ValueError(f"its model_type is {theirs.model_type!r}; import takes {', '.join(CLASSES)}")
+    for field, allowed in (
+        ("num_local_experts", 0),
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("mamba_proj_bias", False),
+        ("use_bias", False),
+        ("mamba_conv_bias", True),
+        ("use_conv_bias", True),
+    ):
+        if getattr(theirs, field, allowed) != allowed:
+            raise ValueError(f"its {field} is {getattr(theirs, field)!r}; our network has only {allowed!r}")
+    if tuple(theirs.time_step_limit or ()) not in ((), (0.0, float("inf"))):
+        raise ValueError(f"its time_step_limit is {tuple(theirs.time_step_limit)}; our network has no limit")
+    common = dict(
+        d_model=theirs.hidden_size, vocab_size=theirs.vocab_size, tied_embeddings=bool(theirs.tie_word_embeddings)
+    )
+    shape = mamba2_shape(theirs) if theirs.model_type == MAMBA2 else hybrid_shape(theirs)
+    return ModelConfig(**common, **shape)
+
+
+def mamba2_shape(theirs):
+    n_heads = max(1, theirs.hidden_size // 64)  # they would act only in a pattern with attention
+    return dict(
+        layer_pattern="M" * theirs.num_hidden_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        d_ff=0,
+        seq_len=getattr(theirs, "max_position_embeddings", 2048),  # what the paper's models were trained on
+        d_state=theirs.state_size,
+        mamba_head_dim=theirs.head_dim,
+        n_groups=theirs.n_groups,
+        d_conv=theirs.conv_kernel,
+        expand=theirs.expand,
+        chunk_size=theirs.chunk_size,
+        norm_eps=theirs.layer_norm_epsilon,
+    )
+
+
+def hybrid_shape(theirs):
     pattern = "".join(KINDS.get(kind, "?") for kind in theirs.layers_block_type)
     if "?" in pattern:
         raise ValueError(f"its layers are {sorted(set(theirs.layers_block_type))}; our network has {', '.join(KINDS)}")
     shape = dict(
-        d_model=theirs.hidden_size,
         layer_pattern=pattern,
         n_heads=theirs.num_attention_heads,
         n_kv_heads=theirs.num_key_value_heads,
-        d_ff=theirs.intermediate_size if bamba else theirs.shared_intermediate_size,
+        d_ff=theirs.intermediate_size if theirs.model_type == BAMBA else theirs.shared_intermediate_size,
         seq_len=theirs.max_position_embeddings,
-        vocab_size=theirs.vocab_size,
         d_state=theirs.mamba_d_state,
         mamba_head_dim=theirs.mamba_d_head,
         n_groups=theirs.mamba_n_groups,
         d_conv=theirs.mamba_d_conv,
         expand=theirs.mamba_expand,
         chunk_size=theirs.mamba_chunk_size,
-        tied_embeddings=theirs.tie_word_embeddings,
         norm_eps=theirs.rms_norm_eps,
     )
     if "A" in pattern:
-        shape |= attention_fields(theirs, rope, scaling)
-    if not bamba:
+        shape |= attention_fields(theirs)
+    if theirs.model_type == GRANITE:
         for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
             shape[name] = float(getattr(theirs, name))
-        attention_multiplier = float(theirs.attention_multiplier)
-        if "A" in pattern and attention_multiplier != (theirs.hidden_size // theirs.num_attention_heads) ** -0.5:
-            shape["attention_multiplier"] = attention_multiplier
-    return ModelConfig(**shape)
+    return shape
 
 
-def attention_fields(theirs, rope, scaling):
-    """What the ModelConfig says of positions."""
+def attention_fields(theirs):
+    """What the ModelConfig says of positions and of the multiplier onto q k^T."""
+    head_dim = theirs.hidden_size // theirs.num_attention_heads
+    if (getattr(theirs, "head_dim", None) or head_dim) != head_dim:
+        raise ValueError(f"its head_dim is {theirs.head_dim}; our network has only d_model / n_heads, here {head_dim}")
+    fields = {}
+    if theirs.model_type == GRANITE and theirs.attention_multiplier != head_dim**-0.5:
+        fields["attention_multiplier"] = float(theirs.attention_multiplier)
     if theirs.model_type == GRANITE and theirs.position_embedding_type != "rope":
-        return {"positions": "none"}
+        return fields | {"positions": "none"}
+    rope = dict(theirs.rope_parameters or {})
+    scaling = rope.get("rope_type", "default").replace("default", "none")
     if scaling not in ("none", "linear", "yarn"):
         raise ValueError(f"its rope_type is {scaling!r}; our network has default, linear and yarn")
     known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
     if extra := sorted(name for name in set(rope) - known if rope[name] is not None):
         raise ValueError(f"its rope_parameters have {', '.join(extra)}, which our network has not")
-    fields = {"rope_theta": float(rope["rope_theta"])}
+    fields["rope_theta"] = float(rope["rope_theta"])
     share = rope.get("partial_rotary_factor", 1.0) if theirs.model_type == BAMBA else 1.0
     if share != 1:
-        fields["rope_dim"] = int(share * (theirs.hidden_size // theirs.num_attention_heads))
+        fields["rope_dim"] = int(share * head_dim)
     if scaling != "none":
         fields |= {"rope_scaling": scaling, "rope_factor": float(rope["factor"])}
     if scaling == "yarn":
