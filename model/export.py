@@ -2,8 +2,8 @@
 
 python -m model.export runs/demo/checkpoints/step_0000520 exports/demo
 
-The folder is of a stock class wherever one has what the shape needs: GraniteMoeHybridForCausalLM (dense), and for Mamba-2
-mixers alone Mamba2ForCausalLM. Other shapes come with the network's own source files and load with
+The folder is of a stock class wherever one has what the shape needs: GraniteMoeHybridForCausalLM (dense), and for
+Mamba-2 mixers alone Mamba2ForCausalLM. Other shapes come with the network's own source files and load with
 trust_remote_code=True. The command says which it was, and why.
 """
 

@@ -82,7 +82,7 @@ def below(theirs, ours, names):
 
 
 def stock_class(config):
-    """(GRANITE or MAMBA2, None) for a shape that the class has all of, else (None, what the nearer of the two lacks)."""
+    """(GRANITE or MAMBA2, None) where the class has all that the shape needs, else (None, what the nearer lacks)."""
     if "A" not in config.layer_pattern and config.d_ff == 0:
         family = MAMBA2
         lacks = [

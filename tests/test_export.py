@@ -120,9 +120,10 @@ def test_logits_equal_ours(exported, l):
 def test_logits_equal_ours_token_by_token(exported):
     _, model, _, folder = exported
     theirs, tokens, cache, pieces = load(folder), random_tokens(2, 24), None, []
+    cache_name = "cache_params" if theirs.config.model_type == "mamba2" else "past_key_values"
     for first, last in [(0, 19), *((i, i + 1) for i in range(19, 24))]:
-        output = theirs(tokens[:, first:last], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = theirs(tokens[:, first:last], use_cache=True, **{cache_name: cache})
+        cache = output[cache_name]
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=0, atol=1e-5)
 
@@ -137,11 +138,9 @@ def test_gradients_equal_ours(exported):
     ours.backward()
     torch.testing.assert_close(loss, ours, rtol=0, atol=1e-5)
     gradients = {parameter: p.grad for parameter, p in model.named_parameters()}
-    names = (
-        parameter_names(model.config, stock_class(model.config)[0])
-        if name in STOCK
-        else {f"model.{n}": (n,) for n in gradients}
-    )
+    names = {f"model.{parameter}": (parameter,) for parameter in gradients}
+    if name in STOCK:
+        names = parameter_names(model.config, stock_class(model.config)[0])
     found = {parameter: p.grad for parameter, p in theirs.named_parameters()}
     assert set(found) == set(names)
     for parameter, parts in names.items():
