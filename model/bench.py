@@ -1,14 +1,13 @@
 """What the operations, and a forward and backward pass, cost on this machine's GPU.
 
-python -m model.bench ops --size 1.3B --seq-len 8192
-python -m model.bench step --size 1.3B --seq-len 8192 --micro-batch 1 --kernels torch fused --recompute none layer
+python -m model.bench ops --size 1.3B --micro-batch 2
+python -m model.bench step --size 1.3B 2.7B --kernels torch fused --recompute none layer
 
 Times are medians, after warm-up, of passes in bfloat16 over rows of `--documents` equal documents each.
 """
 
 import argparse
 import sys
-from dataclasses import replace
 
 import torch
 
@@ -19,6 +18,10 @@ from model.layers import Packing
 from model.ops import KERNELS, load_ops
 
 WARM_UP, PASSES = 2, 5
+OPS_HEADER = """| size | tokens | operation | torch ms | fused ms | times faster | torch GiB | fused GiB |
+|---|---|---|---|---|---|---|---|"""
+STEP_HEADER = """| size | tokens | kernels | recompute | ms | tokens/s | model TFLOP/s | peak GiB |
+|---|---|---|---|---|---|---|---|"""
 
 
 def main(argv=None):
@@ -26,7 +29,7 @@ def main(argv=None):
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["ops", "step"])
-    parser.add_argument("--size", default="1.3B", help="a name in model.config.PRESETS (default: 1.3B)")
+    parser.add_argument("--size", nargs="+", default=["1.3B"], help="names in model.config.PRESETS (default: 1.3B)")
     parser.add_argument("--seq-len", type=int, help="tokens in a row (default: the size's)")
     parser.add_argument("--micro-batch", type=int, default=1, help="rows in a pass (default: 1)")
     parser.add_argument("--documents", type=int, default=8, help="documents in a row (default: 8)")
@@ -34,13 +37,14 @@ def main(argv=None):
     parser.add_argument("--recompute", nargs="+", choices=RECOMPUTE, default=["none"])
     flags = parser.parse_args(argv)
     try:
-        config = get_preset(flags.size)
-        if flags.seq_len:
-            config = replace(config, seq_len=flags.seq_len)
+        shapes = {size: get_preset(size, seq_len=flags.seq_len) for size in flags.size}
         if not torch.cuda.is_available():
             raise ValueError("no CUDA GPU is visible; run this on a machine that has one")
-        for line in (ops_table if flags.what == "ops" else step_table)(config, flags):
-            print(line, flush=True)
+        header, rows = (OPS_HEADER, ops_rows) if flags.what == "ops" else (STEP_HEADER, step_rows)
+        print(header)
+        for size, config in shapes.items():
+            for row in rows(config, flags):
+                print(f"| {size} | {config.seq_len} x {flags.micro_batch} | {row} |", flush=True)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,10 +73,8 @@ def milliseconds(call):
     return sorted(times)[PASSES // 2], (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def step_table(config, flags):
+def step_rows(config, flags):
     """A row for each choice: forward and backward of the whole model, without an optimizer."""
-    yield "| kernels | recompute | ms | tokens/s | model TFLOP/s | peak GiB |"
-    yield "|---|---|---|---|---|---|"
     tokens = torch.randint(0, config.vocab_size, (flags.micro_batch, config.seq_len), device="cuda")
     ids, targets = even_documents(config, flags), tokens.roll(-1, dims=1)
     for kernels in flags.kernels:
@@ -88,7 +90,7 @@ def step_table(config, flags):
             try:
                 ms, _ = milliseconds(forward_and_backward)
             except torch.OutOfMemoryError:
-                yield f"| {kernels} | {recompute} | out of memory | | | |"
+                yield f"{kernels} | {recompute} | out of memory | | |"
                 continue
             finally:
                 model.zero_grad(set_to_none=True)
@@ -96,19 +98,17 @@ def step_table(config, flags):
             rate = tokens.numel() / ms * 1000
             peak = torch.cuda.max_memory_allocated() / 2**30
             tflops = rate * config.flops_per_token / 1e12
-            yield f"| {kernels} | {recompute} | {ms:.0f} | {rate:,.0f} | {tflops:.0f} | {peak:.1f} |"
+            yield f"{kernels} | {recompute} | {ms:.0f} | {rate:,.0f} | {tflops:.0f} | {peak:.1f}"
         del model, forward_and_backward
         torch.cuda.empty_cache()
 
 
-def ops_table(config, flags):
+def ops_rows(config, flags):
     """A row for each operation at the size's shape: forward and backward, plain and fused."""
-    yield "| operation | torch ms | fused ms | times faster | torch GiB | fused GiB |"
-    yield "|---|---|---|---|---|---|"
     fused = load_ops("fused")
     for name, call in operations(config, flags).items():
         (plain, plain_gib), (fast, fast_gib) = (milliseconds(lambda: call(ops)) for ops in (reference, fused))  # noqa: B023
-        yield f"| {name} | {plain:.2f} | {fast:.2f} | {plain / fast:.1f} | {plain_gib:.2f} | {fast_gib:.2f} |"
+        yield f"{name} | {plain:.2f} | {fast:.2f} | {plain / fast:.1f} | {plain_gib:.2f} | {fast_gib:.2f}"
 
 
 def operations(config, flags):

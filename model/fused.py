@@ -27,7 +27,7 @@ except ImportError:
     sys.modules["mamba_ssm"] = importlib.util.module_from_spec(importlib.util.find_spec("mamba_ssm"))
 
 from causal_conv1d import causal_conv1d_fn
-from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+from mamba_ssm.ops.triton.layernorm_gated import _layer_norm_bwd_kernel, _layer_norm_fwd
 from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_bwd, _bmm_chunk_fwd
 from mamba_ssm.ops.triton.ssd_chunk_scan import (
     _chunk_scan_bwd_dC,
@@ -56,6 +56,7 @@ ABOUT = (
 )
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHUNK_TOKENS = 4096  # rows of logits in memory at a time: 0.4 GiB in bfloat16 with 50,304 words
+PROGRAMS_PER_SM = 8  # of the norms' backward kernel
 
 # Products of float32 stay near float32: by default Triton would round the factors to TF32's ten bits.
 triton.knobs.language.fp32_default = "tf32x3"
@@ -209,13 +210,53 @@ def _decays_kernel(
 @torch.compiler.disable
 def rms_norm(x, weight, eps):
     """See model/reference.py."""
-    return rmsnorm_fn(x, weight, None, eps=eps)
+    return Norm.apply(x, None, weight, 1, eps)
 
 
 @torch.compiler.disable
 def gated_rms_norm(x, z, weight, n_groups, eps):
     """See model/reference.py."""
-    return rmsnorm_fn(x, weight, None, z=z, eps=eps, group_size=x.shape[-1] // n_groups, norm_before_gate=False)
+    return Norm.apply(x, z, weight, n_groups, eps)
+
+
+class Norm(torch.autograd.Function):
+    """mamba_ssm's norm, of x or of x * silu(z), with its backward kernel spread over more programs.
+
+    Its own launch gives each multiprocessor one program, which then waits for memory row by row: 3 times slower.
+    """
+
+    @staticmethod
+    def forward(ctx, x, z, weight, n_groups, eps):
+        rows = x.reshape(-1, x.shape[-1])
+        gate = None if z is None else z.reshape(-1, z.shape[-1])
+        y, _, scales = _layer_norm_fwd(
+            rows, weight, None, eps, z=gate, group_size=x.shape[-1] // n_groups, norm_before_gate=False,
+            is_rms_norm=True,
+        )  # fmt: skip
+        ctx.save_for_backward(rows, gate, weight, scales)
+        ctx.settings = n_groups, eps, x.shape
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, z, weight, scales = ctx.saved_tensors
+        n_groups, eps, shape = ctx.settings
+        n, d = x.shape
+        dy = dy.reshape(n, d).contiguous()
+        dx, dz = torch.empty_like(x), None if z is None else torch.empty_like(z)
+        programs = min(n, PROGRAMS_PER_SM * torch.cuda.get_device_properties(x.device).multi_processor_count)
+        rows = triton.cdiv(n, programs)
+        programs = triton.cdiv(n, rows)
+        dweights = torch.empty(programs, d, device=x.device, dtype=torch.float32)
+        block = triton.next_power_of_2(d // n_groups)
+        with torch.cuda.device(x.device):
+            _layer_norm_bwd_kernel[(programs, n_groups)](
+                x, weight, None, z, None, dy, dx, dweights, None, dz, None, scales,
+                x.stride(0), 0 if z is None else z.stride(0), 0, dy.stride(0), dx.stride(0),
+                0 if z is None else dz.stride(0), d, 0, n, d // n_groups, eps, rows, BLOCK_N=block,
+                NORM_BEFORE_GATE=False, IS_RMS_NORM=True, num_warps=min(max(block // 256, 1), 8),
+            )  # fmt: skip
+        return dx.view(shape), None if z is None else dz.view(shape), dweights.sum(0).to(weight.dtype), None, None
 
 
 def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
@@ -226,8 +267,6 @@ def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
     if not half or mask is not None or l != k.shape[1] or (slopes is not None and not flash_attn_varlen_func):
         return reference.attention(q, k, v, mask, packing=packing, scale=scale, slopes=slopes)
     if slopes is None and (packing is None or packing.cu_seqlens.numel() == b + 1):  # one document a row
-        if not q.requires_grad:  # cuDNN plans anew for each length, which only a training run's fixed length repays
-            return reference.attention(q, k, v, scale=scale)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         with sdpa_kernel(ATTENTION, set_priority=True):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)

@@ -51,9 +51,10 @@ class SplitLinear(nn.Module):
         for name, width in self.widths.items():
             self.register_parameter(name, nn.Parameter(torch.empty(width, d_in)))
 
-    def forward(self, x):
+    def forward(self, x, split=None):
+        """split: other widths to return the outputs in, where neighbours are to stay together."""
         weight = torch.cat([getattr(self, name) for name in self.widths])
-        return F.linear(x, weight).split(list(self.widths.values()), dim=-1)
+        return F.linear(x, weight).split(split or list(self.widths.values()), dim=-1)
 
 
 class RMSNorm(nn.Module):

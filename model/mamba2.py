@@ -47,11 +47,10 @@ class Mamba2(nn.Module):
         config = self.config
         document_ids = None if packing is None else packing.document_ids
         before = state or {"conv": None, "ssm": None}
-        z, x, B, C, dt = self.in_proj(u)
-        xBC, conv = self.ops.causal_conv1d(
-            torch.cat([x, B, C], dim=-1), self.conv1d_weight, self.conv1d_bias, document_ids, before["conv"]
-        )
-        x, B, C = xBC.split([config.d_inner, B.shape[-1], C.shape[-1]], dim=-1)
+        z, xBC, dt = self.in_proj(u, split=[config.d_inner, config.d_conv_channels, config.n_mamba_heads])
+        xBC, conv = self.ops.causal_conv1d(xBC, self.conv1d_weight, self.conv1d_bias, document_ids, before["conv"])
+        bc = config.n_groups * config.d_state
+        x, B, C = xBC.split([config.d_inner, bc, bc], dim=-1)
         x = rearrange(x, "b l (h p) -> b l h p", p=config.mamba_head_dim)
         B, C = (rearrange(t, "b l (g n) -> b l g n", g=config.n_groups) for t in (B, C))
         dt = F.softplus(dt.float() + self.dt_bias.float())
