@@ -177,6 +177,11 @@ def test_generation_is_repeatable_and_ends_at_a_stop_token():
         next(generate(model, [], 5))
 
 
+def test_repetition_penalty_counts_the_prompt_and_what_is_written():
+    ids = list(generate(build(layer_pattern="MA"), [1, 2], 60, temperature=0, repetition_penalty=1e9))
+    assert len({1, 2, *ids}) == 62
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
