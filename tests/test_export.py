@@ -20,7 +20,7 @@ from model.config import PRESETS, ModelConfig
 from model.export import export, join, main, own_sources
 from model.generate import generate
 from model.hybrid import HybridLM
-from model.import_hf import import_folder
+from model.import_hf import import_folder, read_config
 from model.import_hf import main as import_main
 from model.stock import parameter_names, stock_class, turning_first
 from model.tokenizer_files import SEPARATOR as SEPARATOR_HERE
@@ -295,6 +295,20 @@ def test_lm_evals_stock_model_gives_our_log_likelihoods(shape, data, tmp_path):
         assert greedy == also
 
 
+def test_a_model_whose_head_is_its_embedding_can_be_scored(data):
+    from lm_eval.api.instance import Instance
+
+    from eval.harness import HarnessLM
+
+    model, tokenizer = make_model(SHAPES["tied"]), load_tokenizer(data)
+    lm = HarnessLM(model, tokenizer, batch_tokens=256)
+    ((nats, _),) = lm.loglikelihood([Instance("loglikelihood", {}, ("a b", " c"), 0)])
+    context, ids = tokenizer.encode("a b"), tokenizer.encode(" c")
+    with torch.no_grad():
+        scores = model(torch.tensor([[0, *context, *ids]])).log_softmax(-1)[0, len(context) : -1]
+    assert abs(nats - sum(row[i].item() for row, i in zip(scores, ids, strict=True))) < 1e-4
+
+
 # ---- import of models that others trained
 
 
@@ -376,6 +390,31 @@ def test_imported_model_equals_the_original(name, tmp_path):
     assert not checkpoint.has_moments
     with pytest.raises(FileNotFoundError, match="has no tokenizer.model: its weights were imported"):
         _ = checkpoint.tokenizer_path
+
+
+def test_configurations_as_they_are_published_are_understood(tmp_path):
+    """The names and gaps of files that transformers 4 wrote for granite-4.0-h-1b and Bamba-9B, with fewer layers."""
+    granite_4 = {
+        "attention_multiplier": 0.015625, "embedding_multiplier": 12, "hidden_size": 2048, "intermediate_size": 8192,
+        "layer_types": ["mamba", "mamba", "attention", "mamba"], "logits_scaling": 8, "mamba_d_state": 128,
+        "mamba_n_heads": 64, "max_position_embeddings": 131072, "model_type": "granitemoehybrid",
+        "num_attention_heads": 32, "num_experts_per_tok": 0, "num_hidden_layers": 4, "num_key_value_heads": 8,
+        "num_local_experts": 0, "position_embedding_type": "nope", "residual_multiplier": 0.22, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 10000, "shared_intermediate_size": 8192, "tie_word_embeddings": True,
+        "vocab_size": 100352,
+    }  # fmt: skip
+    bamba_9b = {
+        "attn_layer_indices": [1], "attn_rotary_emb": 64, "hidden_size": 4096, "intermediate_size": 14336,
+        "mamba_d_state": 128, "model_type": "bamba", "num_attention_heads": 32, "num_hidden_layers": 3,
+        "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 128256,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(granite_4))
+    config, _ = read_config(tmp_path)
+    assert (config.layer_pattern, config.positions, config.n_mamba_heads) == ("MMAM", "none", 64)
+    assert (config.embedding_multiplier, config.attention_multiplier, config.logits_scaling) == (12, 1 / 64, 8)
+    (tmp_path / "config.json").write_text(json.dumps(bamba_9b))
+    config, _ = read_config(tmp_path)
+    assert (config.layer_pattern, config.rope_dim, config.head_dim, config.rope_theta) == ("MAM", 64, 128, 10000)
 
 
 @pytest.mark.parametrize(
