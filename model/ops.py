@@ -3,13 +3,18 @@
 Both have the same functions with the same signatures. The choice belongs to the run, not to the model's shape.
 """
 
+import copyreg
 import os
 import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
+
+# A network keeps the module that load_ops gave it; by name, so that it can still be copied and pickled.
+copyreg.pickle(ModuleType, lambda module: (import_module, (module.__name__,)))
 
 KERNELS = ("auto", "torch", "fused")
 # what model/fused.py imports -> what pip calls it

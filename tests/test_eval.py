@@ -97,6 +97,13 @@ def test_continuation_score_is_the_sum_after_separator_and_context(tokenizer):
     assert greedy is False
 
 
+def test_tied_and_scaled_logits_are_the_scored_ones(tokenizer):
+    model = make_model(tied_embeddings=True, logits_scaling=0.25)
+    ids = [tokenizer.separator_id, *tokenizer.encode("the model")]
+    [score] = HarnessLM(model, tokenizer, batch_tokens=64).loglikelihood_rolling([rolling("the model")])
+    assert score == pytest.approx(log_probs(model, ids).sum().item(), rel=1e-6)
+
+
 def test_greedy_is_true_for_the_models_own_first_choice(tokenizer):
     model = make_model()
     logits = model(torch.tensor([[tokenizer.separator_id, *tokenizer.encode("the")]]))[0, -1]

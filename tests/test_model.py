@@ -1,7 +1,9 @@
 """The network: the mixer against its recurrence, causality, documents that cannot see each other, learning."""
 
+import copy
 import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -176,3 +178,13 @@ def test_a_few_steps_learn_a_repeated_sequence():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 4
+
+
+@torch.no_grad()
+def test_a_model_can_be_copied_and_pickled(model):
+    tokens = random_tokens(1, 20)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(tokens), model(tokens))
+        assert twin.ops is model.ops
+        twin.embedding.weight.zero_()
+    assert model.embedding.weight.any()

@@ -111,6 +111,17 @@ def test_flop_formula_of_every_size_equals_torchs_count(size):
     assert 3 * products == sum(config.flops_per_token_by_part[part] for part in COUNTED) * 64
 
 
+@pytest.mark.parametrize("size", [size for size in PRESETS if "A" in PRESETS[size].layer_pattern])
+def test_attention_flops_are_half_of_torchs_count_which_is_not_causal(size):
+    config = dataclasses.replace(PRESETS[size], layer_pattern="AA", seq_len=64)
+    with torch.device("meta"):
+        model, tokens = HybridLM(config, kernels="torch"), torch.zeros(1, 64, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens)
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    assert 3 * products == 2 * config.flops_per_token_by_part["attention_scores"] * 64
+
+
 @pytest.mark.parametrize(("size", "billions"), [("1.3B", 1.44), ("2.7B", 2.56), ("6.7B", 5.96), ("13B", 10.66)])
 def test_real_sizes_are_within_one_percent_of_their_counts(size, billions):
     assert abs(PRESETS[size].n_parameters / 1e9 / billions - 1) < 0.01
