@@ -1,8 +1,9 @@
 """The operations of model/reference.py on fast GPU kernels, with the same names and signatures.
 
-The scan, the convolution and the norms run on the kernels of mamba-ssm and causal-conv1d, which model/ops.py checks
-for; attention on cuDNN or FlashAttention; the loss on a kernel of this file. torch.compile leaves a break in the graph
-around each of them (torch.compiler.disable), so that compiled and eager models run the same kernels.
+The scan, the convolution and the gated norm run on the kernels of mamba-ssm and causal-conv1d, which model/ops.py
+checks for; attention on cuDNN or FlashAttention; the loss on a kernel of this file. torch.compile leaves a break in
+the graph around each autograd function of ours and theirs (torch.compiler.disable), so that compiled and eager models
+run the same kernels.
 """
 
 import importlib.util
@@ -56,7 +57,7 @@ ABOUT = (
 )
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHUNK_TOKENS = 4096  # rows of logits in memory at a time: 0.4 GiB in bfloat16 with 50,304 words
-PROGRAMS_PER_SM = 8  # of the norms' backward kernel
+PROGRAMS_PER_SM = 8  # of the gated norm's backward kernel
 
 # Products of float32 stay near float32: by default Triton would round the factors to TF32's ten bits.
 triton.knobs.language.fp32_default = "tf32x3"
@@ -207,32 +208,30 @@ def _decays_kernel(
     tl.store(cum_ptr + out, cum, mask=mask)
 
 
-@torch.compiler.disable
 def rms_norm(x, weight, eps):
-    """See model/reference.py."""
-    return Norm.apply(x, None, weight, 1, eps)
+    """See model/reference.py. PyTorch's own kernel, which sums in float32 without a float32 copy of x."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps).to(x.dtype)
 
 
 @torch.compiler.disable
 def gated_rms_norm(x, z, weight, n_groups, eps):
     """See model/reference.py."""
-    return Norm.apply(x, z, weight, n_groups, eps)
+    return GatedNorm.apply(x, z, weight, n_groups, eps)
 
 
-class Norm(torch.autograd.Function):
-    """mamba_ssm's norm, of x or of x * silu(z), with its backward kernel spread over more programs.
+class GatedNorm(torch.autograd.Function):
+    """mamba_ssm's norm of x * silu(z), with its backward kernel spread over more programs.
 
-    Its own launch gives each multiprocessor one program, which then waits for memory row by row: 3 times slower.
+    Its own launch gives each multiprocessor one program, which waits for memory row by row.
     """
 
     @staticmethod
     def forward(ctx, x, z, weight, n_groups, eps):
-        rows = x.reshape(-1, x.shape[-1])
-        gate = None if z is None else z.reshape(-1, z.shape[-1])
+        d = x.shape[-1]
+        rows, gate = x.reshape(-1, d), z.reshape(-1, d)
         y, _, scales = _layer_norm_fwd(
-            rows, weight, None, eps, z=gate, group_size=x.shape[-1] // n_groups, norm_before_gate=False,
-            is_rms_norm=True,
-        )  # fmt: skip
+            rows, weight, None, eps, z=gate, group_size=d // n_groups, norm_before_gate=False, is_rms_norm=True
+        )
         ctx.save_for_backward(rows, gate, weight, scales)
         ctx.settings = n_groups, eps, x.shape
         return y.view(x.shape)
@@ -243,20 +242,20 @@ class Norm(torch.autograd.Function):
         n_groups, eps, shape = ctx.settings
         n, d = x.shape
         dy = dy.reshape(n, d).contiguous()
-        dx, dz = torch.empty_like(x), None if z is None else torch.empty_like(z)
-        programs = min(n, PROGRAMS_PER_SM * torch.cuda.get_device_properties(x.device).multi_processor_count)
-        rows = triton.cdiv(n, programs)
+        dx, dz = torch.empty_like(x), torch.empty_like(z)
+        most = PROGRAMS_PER_SM * torch.cuda.get_device_properties(x.device).multi_processor_count
+        rows = triton.cdiv(n, most)  # of a program
         programs = triton.cdiv(n, rows)
         dweights = torch.empty(programs, d, device=x.device, dtype=torch.float32)
         block = triton.next_power_of_2(d // n_groups)
         with torch.cuda.device(x.device):
             _layer_norm_bwd_kernel[(programs, n_groups)](
                 x, weight, None, z, None, dy, dx, dweights, None, dz, None, scales,
-                x.stride(0), 0 if z is None else z.stride(0), 0, dy.stride(0), dx.stride(0),
-                0 if z is None else dz.stride(0), d, 0, n, d // n_groups, eps, rows, BLOCK_N=block,
+                x.stride(0), z.stride(0), 0, dy.stride(0), dx.stride(0), dz.stride(0), d, 0,
+                n, d // n_groups, eps, rows, BLOCK_N=block,
                 NORM_BEFORE_GATE=False, IS_RMS_NORM=True, num_warps=min(max(block // 256, 1), 8),
             )  # fmt: skip
-        return dx.view(shape), None if z is None else dz.view(shape), dweights.sum(0).to(weight.dtype), None, None
+        return dx.view(shape), dz.view(shape), dweights.sum(0).to(weight.dtype), None, None
 
 
 def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
