@@ -9,8 +9,8 @@ from functools import cached_property
 POSITIONS = ("rope", "alibi", "none")  # rotary; a slope a head (ALiBi); nothing but the causal mask (NoPE)
 ROPE_SCALINGS = ("none", "linear", "ntk", "yarn")
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-ROPE_OPTIONS = {"positions", "rope_dim", "rope_scaling", "rope_factor"}
-ATTENTION_OPTIONS = ROPE_OPTIONS | {"attention_gate", "qk_norm", "attention_multiplier"}
+ROPE_OPTIONS = {"rope_theta", "rope_dim", "rope_scaling", "rope_factor"}
+ATTENTION_OPTIONS = ROPE_OPTIONS | {"positions", "attention_gate", "qk_norm", "attention_multiplier"}
 
 
 def check_layer_pattern(pattern):
@@ -83,21 +83,18 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} {value} is not positive")
-        if "A" not in self.layer_pattern:
-            for f in fields(self):
-                if f.name in ATTENTION_OPTIONS and getattr(self, f.name) != f.default:
-                    raise ValueError(
-                        f"{f.name} {getattr(self, f.name)!r} acts on attention layers, and the layer pattern "
-                        f"{self.layer_pattern!r} has none; leave it at {f.default!r}"
-                    )
-        if self.rope_dim is not None and self.positions != "rope":
-            raise ValueError(f"rope_dim {self.rope_dim} needs positions 'rope', not {self.positions!r}")
+        set_to = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        for name, value in set_to.items():
+            if name in ATTENTION_OPTIONS and "A" not in self.layer_pattern:
+                raise ValueError(
+                    f"{name} {value!r} acts on attention layers, and the layer pattern {self.layer_pattern!r} has none"
+                )
+            if name in ROPE_OPTIONS and self.positions != "rope":
+                raise ValueError(f"{name} {value!r} needs positions 'rope', not {self.positions!r}")
         if self.rope_dim is not None and self.rope_scaling != "none":
             raise ValueError(f"rope_scaling {self.rope_scaling!r} needs whole heads that turn; leave out rope_dim")
         if self.rope_dim is not None and (self.rope_dim % 2 or not 0 < self.rope_dim < self.head_dim):
             raise ValueError(f"rope_dim {self.rope_dim} is not an even number below the head width {self.head_dim}")
-        if self.rope_scaling != "none" and self.positions != "rope":
-            raise ValueError(f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
         if self.rope_scaling == "none" and self.rope_factor != 1:
             raise ValueError(f"rope_factor {self.rope_factor} needs a rope_scaling: {', '.join(ROPE_SCALINGS[1:])}")
         if self.rope_scaling != "none" and not self.rope_factor > 1:

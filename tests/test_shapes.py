@@ -197,10 +197,15 @@ def test_attention_is_placed_first_last_and_evenly_between():
         ({"rope_dim": 8, "rope_scaling": "linear", "rope_factor": 2.0}, "leave out rope_dim"),
         ({"layer_pattern": "MM", "attention_gate": True}, "attention_gate True acts on attention layers"),
         ({"layer_pattern": "MM", "qk_norm": True}, "qk_norm True acts on attention layers"),
-        ({"layer_pattern": "MM", "positions": "none"}, "has none; leave it at 'rope'"),
+        (
+            {"layer_pattern": "MM", "positions": "none"},
+            "positions 'none' acts on attention layers, and the layer pattern 'MM' has none",
+        ),
         ({"layer_pattern": "MM", "attention_multiplier": 0.1}, "attention_multiplier 0.1 acts on attention layers"),
         ({"embedding_norm": True, "embedding_multiplier": 2.0}, "embedding_multiplier 2.0 does nothing"),
         ({"logits_scaling": 0.0}, "logits_scaling 0.0 is not positive"),
+        ({"rope_theta": 5e5, "positions": "none"}, "rope_theta 500000.0 needs positions 'rope', not 'none'"),
+        ({"rope_theta": 5e5, "layer_pattern": "MM"}, "rope_theta 500000.0 acts on attention layers"),
         ({"rope_theta": -1.0}, "rope_theta -1.0 is not positive"),
     ],
 )
