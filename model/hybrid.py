@@ -41,8 +41,9 @@ class Layer(nn.Module):
 class HybridLM(nn.Module):
     """A causal language model over token ids of a ModelConfig's shape, with random weights from torch's generator.
 
-    kernels: "torch", "fused" or "auto" (model/ops.py). recompute: "none", or "layer" to keep only each layer's input
-    for the backward pass and run the layer again there: about a third more work, a fraction of the memory.
+    kernels: "torch", "fused" or "auto" (model/ops.py); on a machine with a GPU, a network that is to run on its CPU
+    needs "torch". recompute: "none", or "layer" to keep only each layer's input for the backward pass and run the
+    layer again there: about a third more work, a fraction of the memory.
     """
 
     def __init__(self, config, kernels="auto", recompute="none"):

@@ -236,6 +236,19 @@ def test_model_equals_the_plain_one(fused, packed, dtype):
             assert error <= twins + tolerance, f"{tuple(want.shape)}: {error:.2e}, twin {twins:.2e}"
 
 
+def test_packed_loss_equals_the_loss_of_each_document_alone(fused):
+    torch.manual_seed(0)
+    model = HybridLM(SHAPE, kernels="fused").cuda()
+    ids, inputs, targets = document_ids(1000)[:1], tokens()[:1], tokens(1)[:1]
+    with torch.no_grad():
+        packed = model(inputs, targets=targets, document_ids=ids)
+        alone = 0
+        for document in ids.unique():
+            here = ids[0] == document
+            alone += model(inputs[:, here], targets=targets[:, here]) * here.sum() / here.numel()
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize("compiled", [False, True])
