@@ -57,7 +57,7 @@ class TrainConfig:
 # 1.3B-gated takes the 512k tokens that its own recipe names. The laboratory, 50M, 100M and 150M are for little text:
 # GPT-3's rate at a smaller batch, since a run of few tokens needs the steps (the critical batch is small early on,
 # arXiv:1812.06162). Mamba sizes: the batch of 0.5M tokens and five times GPT-3's rate of the Mamba papers' own recipe
-# (arXiv:2312.00752, appendix E.2.1).
+# (arXiv:2312.00752, appendix E.2).
 # fmt: off
 SIZE_DEFAULTS = {
     "tiny":       dict(batch_tokens=512,     micro_batch=4, lr=3e-3),
