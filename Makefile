@@ -20,7 +20,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo curate verify train eval sample report estimate test check format clean
+.PHONY: help setup demo curate verify train eval sample export report estimate test test-gpu check format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -60,6 +60,9 @@ eval: setup need-CKPT  ## score a checkpoint: make eval CKPT=runs/demo/checkpoin
 sample: setup need-CKPT  ## text from a checkpoint: make sample CKPT=...
 	$(PY) -m eval.sample $(CKPT) $(SAMPLE_ARGS)
 
+export: setup need-CKPT  ## a Hugging Face folder: make export CKPT=... OUT=exports/mine
+	$(PY) -m model.export $(CKPT) $(if $(filter file,$(origin OUT)),exports/$(notdir $(CKPT)),$(OUT)) $(EXPORT_ARGS)
+
 report: setup  ## one page about a run: make report RUN=runs/demo
 	$(PY) -m eval.report $(RUN)
 
@@ -68,6 +71,9 @@ estimate: setup  ## what a size needs: make estimate SIZE=6.7B
 
 test: setup  ## run the tests (about ten minutes on two cores)
 	$(PY) -m pytest
+
+test-gpu: setup  ## compare the fused kernels with PyTorch on this machine's GPU
+	$(PY) -m pytest --gpu tests/test_gpu.py
 
 check: setup  ## lint, types, tests
 	$(PY) -m ruff check .

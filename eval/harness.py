@@ -111,7 +111,7 @@ class HarnessLM(TemplateLM):
         tokens, scored, targets = self._collate(batch)
         hidden = self.model.hidden(tokens)[scored]  # (targets of the batch, d)
         # in float32 whatever the model's dtype: bfloat16 logits tie, or flip, close choices
-        logits = F.linear(hidden.float(), self.model.head.weight.float())
+        logits = F.linear(hidden.float(), self.model.head_weight.float())
         log_probs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         if not log_probs.isfinite().all():
             raise ValueError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from curation.tokenizer import load_tokenizer
 from eval.scoreboard import DEVICE, eval_folder
 from model.generate import generate
-from train.checkpoint import load_checkpoint
+from model.weights import load_checkpoint
 from train.run_dir import write_json
 
 PROMPTS = ("", "def main(", "The function returns ")
@@ -51,6 +51,12 @@ def main(argv=None):
         "--top-p", type=float, default=0.95, help="from the likeliest of this mass (default %(default)s)"
     )
     parser.add_argument("--top-k", type=int, default=0, help="from so many likeliest; 0 = all (default %(default)s)")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="from what has this part of the likeliest (default %(default)s)"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1: seen tokens less often (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file; default: runs/<run>/eval/sample_<step>.json")
     parser.add_argument("--device", default=DEVICE, help="torch device (default here: %(default)s)")
@@ -61,7 +67,8 @@ def main(argv=None):
         checkpoint = load_checkpoint(flags.checkpoint)
         out = flags.out or eval_folder(checkpoint) / f"sample_{checkpoint.step:07d}.json"
         model, tokenizer = checkpoint.load_model(flags.device), load_tokenizer(checkpoint.tokenizer_path)
-        settings = {name: getattr(flags, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+        settings = {name: getattr(flags, name) for name in names}
         samples = []
         for prompt in flags.prompt or PROMPTS:
             samples.append(write_sample(model, tokenizer, prompt, **settings))

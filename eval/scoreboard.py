@@ -28,7 +28,7 @@ from curation.shards import file_sha256, manifest_sha256, read_manifest, verify_
 from curation.tokenizer import load_tokenizer
 from eval.harness import TASKS, HarnessLM, build_tasks, task_name
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
-from train.checkpoint import load_checkpoint
+from model.weights import load_checkpoint
 from train.run_dir import write_json
 
 FORMAT = 1

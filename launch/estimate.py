@@ -14,9 +14,9 @@ if __spec__ is None:  # run by path: import from the repo root, not from this fo
 from model.config import get_preset
 
 
-def estimate(size):
-    """The counts of one named size, as a dict. Raises ValueError for an unknown name."""
-    model = get_preset(size)
+def estimate(size, *, layer_pattern=None, seq_len=None):
+    """The counts of one named size, as a dict. Raises ValueError for an unknown name or an impossible shape."""
+    model = get_preset(size, layer_pattern=layer_pattern, seq_len=seq_len)
     return {
         "size": size,
         "layer_pattern": model.layer_pattern,
@@ -33,10 +33,12 @@ def main(argv=None):
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", required=True, help="a name in model.config.PRESETS: nano, 1.3B, 6.7B ...")
+    parser.add_argument("--layer-pattern", help="one letter a layer, M or A, such as AMAMAMAM (default: the size's)")
+    parser.add_argument("--seq-len", type=int, help="tokens in a sequence (default: the size's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     flags = parser.parse_args(argv)
     try:
-        result = estimate(flags.size)
+        result = estimate(flags.size, layer_pattern=flags.layer_pattern, seq_len=flags.seq_len)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

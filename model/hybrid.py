@@ -7,80 +7,125 @@ loss = model(tokens, targets=targets, document_ids=document_ids)
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention
 from model.layers import Packing, RMSNorm, SplitLinear, SwiGLU
 from model.mamba2 import Mamba2
+from model.ops import load_ops
 
 INIT_STD = 0.02  # GPT-2's; output projections are scaled down by the number of residual additions
-IGNORED_TARGET = -100
+RECOMPUTE = ("none", "layer")
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) unless d_ff is 0."""
 
-    def __init__(self, config, kind):
+    def __init__(self, config, kind, ops):
         super().__init__()
-        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = Attention(config) if kind == "A" else Mamba2(config)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = SwiGLU(config.d_model, config.d_ff)
+        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps, ops)
+        self.mixer = Attention(config, ops) if kind == "A" else Mamba2(config, ops)
+        self.residual_multiplier = config.residual_multiplier
+        self.has_mlp = config.d_ff > 0
+        if self.has_mlp:
+            self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, ops)
+            self.mlp = SwiGLU(config.d_model, config.d_ff)
 
     def forward(self, x, packing=None, state=None):
-        x = x + self.mixer(self.mixer_norm(x), packing, state)
-        return x + self.mlp(self.mlp_norm(x))
+        x = torch.add(x, self.mixer(self.mixer_norm(x), packing, state), alpha=self.residual_multiplier)
+        if not self.has_mlp:
+            return x
+        return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.residual_multiplier)
 
 
 class HybridLM(nn.Module):
-    """A causal language model over token ids of a ModelConfig's shape, with random weights from torch's generator."""
+    """A causal language model over token ids of a ModelConfig's shape, with random weights from torch's generator.
 
-    def __init__(self, config):
+    kernels: "torch", "fused" or "auto" (model/ops.py); on a machine with a GPU, a network that is to run on its CPU
+    needs "torch". recompute: "none", or "layer" to keep only each layer's input for the backward pass and run the
+    layer again there: about a third more work, a fraction of the memory.
+    """
+
+    def __init__(self, config, kernels="auto", recompute="none"):
         super().__init__()
-        self.config = config
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"--recompute {recompute!r} is unknown; choose one of {', '.join(RECOMPUTE)}")
+        self.config, self.recompute, self.ops = config, recompute, load_ops(kernels)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_pattern)
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.embedding_norm = RMSNorm(config.d_model, config.norm_eps, self.ops) if config.embedding_norm else None
+        self.layers = nn.ModuleList(Layer(config, kind, self.ops) for kind in config.layer_pattern)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, self.ops)
+        self.head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
+
+    @property
+    def head_weight(self):
+        """(vocab, d): what turns `hidden` into logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal of 0.02; a layer's two projections that write to the residual stream, 0.02 / sqrt(2 n_layers)."""
-        residual_std = INIT_STD * (2 * self.config.n_layers) ** -0.5
+        """Normal of 0.02; the projections that write to the residual stream, 0.02 / sqrt(their number), or zero.
+
+        The number counts both projections of a layer (GPT-2, mamba_ssm). Zero (zero_init_output) makes every layer the
+        identity at the start (Fixup, arXiv:1901.09321).
+        """
+        config = self.config
+        n_writers = config.n_layers * (2 if config.d_ff else 1)
+        writer_std = 0.0 if config.zero_init_output else INIT_STD * n_writers**-0.5
         for module in self.modules():
             if isinstance(module, Mamba2):
                 module.init_scan()
             elif isinstance(module, SplitLinear | nn.Embedding):
                 for weight in module.parameters():
                     weight.normal_(std=INIT_STD)
-        self.head.weight.normal_(std=INIT_STD)
+        if self.head is not None:
+            self.head.weight.normal_(std=INIT_STD)
         for layer in self.layers:
-            layer.mixer.out_proj.weight.normal_(std=residual_std)
-            layer.mlp.out_proj.weight.normal_(std=residual_std)
+            layer.mixer.out_proj.weight.normal_(std=writer_std)
+            if config.d_ff:
+                layer.mlp.out_proj.weight.normal_(std=writer_std)
 
     def hidden(self, tokens, document_ids=None, state=None):
-        """tokens (b, l) -> what the head reads, (b, l, d). One document a row where document_ids (b, l) is None."""
-        packing = None if document_ids is None else Packing.of(document_ids)
+        """tokens (b, l) -> what head_weight reads, (b, l, d). One document a row where document_ids (b, l) is None."""
+        config = self.config
+        packing = None if document_ids is None else Packing(document_ids)
         x = self.embedding(tokens)
+        if config.embedding_norm:
+            x = self.embedding_norm(x)
+        if config.embedding_multiplier != 1:
+            x = x * config.embedding_multiplier
         for i, layer in enumerate(self.layers):
-            x = layer(x, packing, None if state is None else state[i])
-        return self.norm(x)
+            if self.recompute == "layer" and torch.is_grad_enabled():
+                x = checkpoint(
+                    layer, x, packing, use_reentrant=False, preserve_rng_state=False
+                )  # no dropout to repeat
+            else:
+                x = layer(x, packing, None if state is None else state[i])
+        x = self.norm(x)
+        return x if config.logits_scaling == 1 else x / config.logits_scaling
+
+    def logits(self, hidden):
+        """hidden (..., d) -> (..., vocab), in float32."""
+        return F.linear(hidden, self.head_weight).float()
 
     def forward(self, tokens, targets=None, document_ids=None):
         """Logits (b, l, vocab) in float32; with targets (b, l), the mean loss in nats over those that are not -100."""
-        logits = self.head(self.hidden(tokens, document_ids)).float()
+        hidden = self.hidden(tokens, document_ids)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)
+            return self.logits(hidden)
+        return self.ops.cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
 
     def new_state(self):
         """The decoding state before the first token: a dict a layer, filled by step; every tensor has b first."""
         return [{} for _ in self.layers]
 
-    def step(self, tokens, state):
+    def step(self, tokens, state, last=False):
         """Go on from `state` with tokens (b, l), l >= 1. Returns logits (b, l, vocab) in float32 and the new state.
 
-        The state given stays as it was, so that one prefix can be continued in many ways.
+        last: logits of the last token alone, (b, 1, vocab). The state given stays as it was, so that one prefix can be
+        continued in many ways.
         """
         state = [dict(layer) for layer in state]
-        return self.head(self.hidden(tokens, state=state)).float(), state
+        hidden = self.hidden(tokens, state=state)
+        return self.logits(hidden[:, -1:] if last else hidden), state

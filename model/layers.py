@@ -1,35 +1,41 @@
 """What both kinds of layer are made of: where documents lie, fused products, norm, SwiGLU."""
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.reference import rms_norm
 
-
-@dataclass(frozen=True)
 class Packing:
-    """Where the documents packed into each row lie; worked out once a forward pass and read by every layer.
+    """Where the documents packed into each row lie; made once a forward pass and read by every layer.
 
-    document_ids, positions (b, l): the document, and the place in it, of each position; mask (b, 1, l, l): True where
-    a position may look at another.
+    document_ids, positions (b, l), int32: the document, counted from 0 in each row, and the place in it, of each
+    position. What only some operations need is worked out when the first of them asks.
     """
 
-    document_ids: torch.Tensor
-    positions: torch.Tensor
-    mask: torch.Tensor
+    def __init__(self, document_ids):
+        """document_ids (b, l): any numbers; a document begins where the number changes."""
+        index = torch.arange(document_ids.shape[1], device=document_ids.device, dtype=torch.int32)
+        self.starts = torch.ones_like(document_ids, dtype=torch.bool)
+        self.starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        self.document_ids = self.starts.cumsum(dim=1, dtype=torch.int32) - 1
+        self.positions = index - (index * self.starts).cummax(dim=1).values
 
-    @classmethod
-    def of(cls, document_ids):
-        l = document_ids.shape[1]
-        index = torch.arange(l, device=document_ids.device)
-        starts = torch.ones_like(document_ids, dtype=torch.bool)
-        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        positions = index - (index * starts).cummax(dim=1).values
-        same = document_ids[:, :, None] == document_ids[:, None, :]
-        return cls(document_ids, positions, (same & (index[:, None] >= index)).unsqueeze(1))
+    @cached_property
+    def mask(self):
+        """(b, 1, l, l), True where a position may look at another: earlier in its document, or itself."""
+        ids = self.document_ids
+        return (ids[:, :, None] == ids[:, None, :]).tril().unsqueeze(1)
+
+    @cached_property
+    def cu_seqlens(self):
+        """(documents + 1,) int32: where each document begins in the rows laid end to end, and where the last ends.
+
+        Waits for the GPU, since the number of documents is a shape.
+        """
+        begins = self.starts.flatten().nonzero().flatten()
+        return F.pad(begins, (0, 1), value=self.starts.numel()).int()
 
 
 class SplitLinear(nn.Module):
@@ -45,19 +51,20 @@ class SplitLinear(nn.Module):
         for name, width in self.widths.items():
             self.register_parameter(name, nn.Parameter(torch.empty(width, d_in)))
 
-    def forward(self, x):
+    def forward(self, x, split=None):
+        """split: other widths to return the outputs in, where neighbours are to stay together."""
         weight = torch.cat([getattr(self, name) for name in self.widths])
-        return F.linear(x, weight).split(list(self.widths.values()), dim=-1)
+        return F.linear(x, weight).split(split or list(self.widths.values()), dim=-1)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, d, eps):
+    def __init__(self, d, eps, ops):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d))
-        self.eps = eps
+        self.eps, self.ops = eps, ops
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

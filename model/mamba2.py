@@ -8,7 +8,6 @@ from einops import rearrange
 from torch import nn
 
 from model.layers import SplitLinear
-from model.reference import causal_conv1d, gated_rms_norm, ssd, ssd_recurrence
 
 DT_MIN, DT_MAX = 0.001, 0.1  # step sizes at the start, as in Mamba (arXiv:2312.00752, section 3.6)
 A_MIN, A_MAX = 1.0, 16.0  # decay rates at the start, as in Mamba-2
@@ -17,9 +16,9 @@ A_MIN, A_MAX = 1.0, 16.0  # decay rates at the start, as in Mamba-2
 class Mamba2(nn.Module):
     """(b, l, d) -> (b, l, d), each position from those before it in its document. Parameters named as in mamba_ssm."""
 
-    def __init__(self, config):
+    def __init__(self, config, ops):
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, ops
         bc = config.n_groups * config.d_state
         widths = {"z": config.d_inner, "x": config.d_inner, "B": bc, "C": bc, "dt": config.n_mamba_heads}
         self.in_proj = SplitLinear(config.d_model, widths)
@@ -48,20 +47,19 @@ class Mamba2(nn.Module):
         config = self.config
         document_ids = None if packing is None else packing.document_ids
         before = state or {"conv": None, "ssm": None}
-        z, x, B, C, dt = self.in_proj(u)
-        xBC, conv = causal_conv1d(
-            torch.cat([x, B, C], dim=-1), self.conv1d_weight, self.conv1d_bias, document_ids, before["conv"]
-        )
-        x, B, C = xBC.split([config.d_inner, B.shape[-1], C.shape[-1]], dim=-1)
+        z, xBC, dt = self.in_proj(u, split=[config.d_inner, config.d_conv_channels, config.n_mamba_heads])
+        xBC, conv = self.ops.causal_conv1d(xBC, self.conv1d_weight, self.conv1d_bias, document_ids, before["conv"])
+        bc = config.n_groups * config.d_state
+        x, B, C = xBC.split([config.d_inner, bc, bc], dim=-1)
         x = rearrange(x, "b l (h p) -> b l h p", p=config.mamba_head_dim)
         B, C = (rearrange(t, "b l (g n) -> b l g n", g=config.n_groups) for t in (B, C))
         dt = F.softplus(dt.float() + self.dt_bias.float())
         A = -self.A_log.float().exp()
         if u.shape[1] == 1:
-            y, ssm = ssd_recurrence(x, dt, A, B, C, self.D, document_ids, before["ssm"])
+            y, ssm = self.ops.ssd_recurrence(x, dt, A, B, C, self.D, document_ids, before["ssm"])
         else:
-            y, ssm = ssd(x, dt, A, B, C, self.D, config.chunk_size, document_ids, before["ssm"])
+            y, ssm = self.ops.ssd(x, dt, A, B, C, self.D, config.chunk_size, document_ids, before["ssm"])
         if state is not None:
             state.update(conv=conv, ssm=ssm)
         y = rearrange(y, "b l h p -> b l (h p)")
-        return self.out_proj(gated_rms_norm(y, z, self.norm_weight, config.n_groups, config.norm_eps))
+        return self.out_proj(self.ops.gated_rms_norm(y, z, self.norm_weight, config.n_groups, config.norm_eps))

@@ -1,7 +1,7 @@
 """The model's operations in plain PyTorch: the truth that every faster version is tested against.
 
 Dimensions: b batch, l length, h heads, p channels of a head, g groups, n state, c chunks, q positions of a chunk,
-k key/value heads. `document_ids` (b, l) numbers the documents packed into a row; equal neighbours are one document.
+k key/value heads. `document_ids` (b, l) numbers the documents packed into a row 0, 1, 2 ... (layers.Packing).
 Nothing crosses from one document to the next: what is masked is exactly zero, forward and backward.
 """
 
@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+IGNORED_TARGET = -100  # a target that cross_entropy leaves out
+
 
 def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):
     """Depthwise causal convolution, then SiLU.
 
-    x (b, l, d); weight (d, w); bias (d,). initial_state (b, w - 1, d) holds the inputs before x (zeros if None).
+    x (b, l, d); weight (d, w); bias (d,). initial_state (b, w - 1, d) holds the inputs before x, of the first
+    document (zeros if None).
     Returns y (b, l, d) and the last w - 1 inputs, (b, w - 1, d), from which a next call goes on.
     """
     b, l, d = x.shape
@@ -25,8 +28,8 @@ def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):
     for back in range(1, width):
         earlier = inputs[:, width - 1 - back : width - 1 - back + l]  # x[t - back] at t
         if document_ids is not None:
-            other = F.pad(document_ids[:, back:] != document_ids[:, :-back], (min(back, l), 0), value=True)
-            earlier = earlier.masked_fill(other[:, :l, None], 0)
+            from_document = torch.cat([document_ids[:, :1].expand(-1, back), document_ids], dim=1)[:, :l]
+            earlier = earlier.masked_fill((from_document != document_ids)[..., None], 0)
         y = y + weight[:, -1 - back] * earlier
     return F.silu(y), inputs[:, l:]
 
@@ -127,28 +130,45 @@ def gated_rms_norm(x, z, weight, n_groups, eps):
     return (rearrange(normed, "b l g d -> b l (g d)") * weight.float()).to(z.dtype)
 
 
-def rotary(x, positions, theta):
+def rotary(x, positions, frequencies, magnitude=1.0):
     """Rotate pairs of channels by an angle that grows with position (RoPE, arXiv:2104.09864; halves, not neighbours).
 
-    x (b, l, h, p); positions (b, l) or (1, l).
+    x (b, l, h, p); positions (b, l) or (1, l); frequencies (p / 2,), radians a position; magnitude: onto the result.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angles = positions[..., None, None].float() * frequencies  # (b, l, 1, p / 2)
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x.float().split(half, dim=-1)
+    cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
+    first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def attention(q, k, v, mask=None):
+def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
     """Causal grouped-query attention.
 
     q (b, l, h, p); k, v (b, m, k, p) with m >= l: the last l of the m positions are the queries' own.
-    mask (b, 1, l, m), True where a query may look; None: all up to its own position. Returns (b, l, h, p).
+    mask (b, 1, l, m), True where a query may look; None: all up to its own position, in its document of `packing` (a
+    layers.Packing) if that is given.
+    scale: onto q k^T (None: 1 / sqrt(p)); slopes (h,): ALiBi, what a head subtracts from a score for each position
+    between query and key, in float32. Returns (b, l, h, p).
     """
-    l, m = q.shape[1], k.shape[1]
-    if mask is None and 1 < l < m:
+    l, m, dtype = q.shape[1], k.shape[1], q.dtype
+    if packing is not None:
+        mask = packing.mask
+    if mask is None and (1 < l < m or slopes is not None):
         mask = torch.ones(l, m, dtype=torch.bool, device=q.device).tril(m - l)
+    if slopes is not None:
+        index = torch.arange(m, device=q.device)
+        distance = index[m - l :, None] - index  # (l, m)
+        mask = (-slopes[:, None, None] * distance).masked_fill(~mask, -torch.inf)  # (b or 1, h, l, m)
+        q, k, v = q.float(), k.float(), v.float()  # a mask in bfloat16 would round distances above 256
     q, k, v = (rearrange(t, "b l h p -> b h l p") for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and l == m > 1, enable_gqa=True)
-    return rearrange(y, "b h l p -> b l h p")
+    causal = mask is None and l == m > 1
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
+    return rearrange(y, "b h l p -> b l h p").to(dtype)
+
+
+def cross_entropy(hidden, weight, targets):
+    """Mean loss in nats, over the targets that are not -100, of the logits hidden @ weight^T.
+
+    hidden (t, d); weight (vocab, d); targets (t,). The softmax is in float32.
+    """
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=IGNORED_TARGET)

@@ -1,11 +1,20 @@
-"""A small finished data folder, shared by the tests; no GPU, no network, one thread a process."""
+"""A small finished data folder, shared by the tests; no GPU unless asked for, no network, one thread a process."""
 
 import json
 import os
 
 import pytest
 
-os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="let the tests see the GPUs; without it all run on the CPU")
+
+
+def pytest_configure(config):
+    if not config.getoption("--gpu"):
+        os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="session")

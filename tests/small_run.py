@@ -98,14 +98,17 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_model(seed=0):
-    """A random model of two layers with a window of 16 tokens, so that every document needs several windows."""
+def make_model(seed=0, **change):
+    """A random model of two layers with a window of 16 tokens, so that every document needs several windows.
+
+    change: other fields of its ModelConfig.
+    """
     torch.manual_seed(seed)
     config = ModelConfig(
         d_model=32, layer_pattern="MA", n_heads=2, n_kv_heads=1, d_ff=32, seq_len=16, vocab_size=384,
         d_state=8, mamba_head_dim=16, chunk_size=8,
     )  # fmt: skip
-    model = HybridLM(config)
+    model = HybridLM(dataclasses.replace(config, **change))
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(3)  # far from uniform, so that a mistake shows

@@ -97,6 +97,13 @@ def test_continuation_score_is_the_sum_after_separator_and_context(tokenizer):
     assert greedy is False
 
 
+def test_tied_and_scaled_logits_are_the_scored_ones(tokenizer):
+    model = make_model(tied_embeddings=True, logits_scaling=0.25)
+    ids = [tokenizer.separator_id, *tokenizer.encode("the model")]
+    [score] = HarnessLM(model, tokenizer, batch_tokens=64).loglikelihood_rolling([rolling("the model")])
+    assert score == pytest.approx(log_probs(model, ids).sum().item(), rel=1e-6)
+
+
 def test_greedy_is_true_for_the_models_own_first_choice(tokenizer):
     model = make_model()
     logits = model(torch.tensor([[tokenizer.separator_id, *tokenizer.encode("the")]]))[0, -1]
@@ -327,6 +334,8 @@ def test_sample_goes_on_to_the_separator_and_no_further(folder, tokenizer, tmp_p
         "temperature": 0.8,
         "top_p": 0.95,
         "top_k": 3,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "seed": 0,
         "vocab_size": tokenizer.vocab_size,
     }

@@ -228,6 +228,14 @@ def test_resume_is_refused_when_the_run_would_change(tmp_path):
     ]
 
 
+def test_a_run_from_before_a_field_of_the_model_goes_on_with_its_default():
+    earlier = {**record(), "model": {"d_model": 32}}
+    assert differences(earlier, {**record(), "model": {"d_model": 32, "positions": "rope", "rope_dim": None}}) == []
+    assert differences(earlier, {**record(), "model": {"d_model": 32, "positions": "alibi"}}) == [
+        "model.positions: 'rope' before, 'alibi' now"
+    ]
+
+
 def test_a_folder_with_other_files_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="a folder with other files in it"):

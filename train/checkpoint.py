@@ -16,25 +16,16 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from curation.shards import file_sha256, sync_folder
-from model.config import ModelConfig
-from model.hybrid import HybridLM
-from train.run_dir import read_json, remove_folder, write_json
-
-FORMAT = 1
-MANIFEST = "checkpoint.json"
-TOKENIZER = "tokenizer.model"
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from model.weights import FORMAT, MANIFEST, MOMENTS, TOKENIZER, WEIGHT, copy_stretch, load_checkpoint
+from train.run_dir import remove_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -137,118 +128,22 @@ def _write_rank_file(engine, path):
 
 
 def restore_optimizer(engine, checkpoint):
-    """Put the checkpoint's float32 weights and moments into an engine whose module has its weights. All ranks."""
+    """Put the checkpoint's float32 weights and moments into an engine whose module has its weights. All ranks.
+
+    Raises ValueError for a checkpoint of weights alone.
+    """
+    if not checkpoint.has_moments:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} holds weights alone (imported ones have no optimizer state), so no run can "
+            "go on from it; --resume needs a checkpoint that a training run has saved"
+        )
     optimizer, stored = torch_optimizer(engine), checkpoint.stored_pieces
     for piece in owned_pieces(engine):
         state = optimizer.state[piece.flat]
         state["step"] = torch.tensor(float(checkpoint.step), device=piece.flat.device if piece.flat.is_cuda else "cpu")
         for kind in (WEIGHT, *MOMENTS):
             target = piece.weight() if kind == WEIGHT else piece.moment(optimizer, kind)
-            _copy_stretch(target, stored[f"{kind}/{piece.name}"], piece.start)
-
-
-def _copy_stretch(target, pieces, start):
-    """Fill `target`, a parameter's elements from `start` on, from its stored pieces [(file, key, start, numel)]."""
-    for file, key, piece_start, piece_numel in pieces:
-        first, last = max(start, piece_start), min(start + target.numel(), piece_start + piece_numel)
-        if first < last:
-            with safe_open(file, framework="pt") as opened:
-                stretch = opened.get_slice(key)[first - piece_start : last - piece_start]
-            target[first - start : last - start].copy_(stretch)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A finished checkpoint on disk."""
-
-    path: Path
-    step: int
-    tokens: int  # training tokens seen
-    shapes: dict[str, list[int]]  # of every parameter, by name
-    run: dict[str, Any]  # the run's config.json
-    files: dict[str, dict[str, Any]]
-
-    @property
-    def model_config(self):
-        return ModelConfig(**self.run["model"])
-
-    @property
-    def data(self):
-        """{"path", "manifest_sha256"} of the data folder that it was trained on."""
-        return self.run["data"]
-
-    @property
-    def tokenizer_path(self):
-        return self.path / TOKENIZER
-
-    @cached_property
-    def sha256(self):
-        """Identity of the checkpoint: of its manifest, which holds the sha256 of every other file."""
-        return file_sha256(self.path / MANIFEST)
-
-    @cached_property
-    def stored_pieces(self):
-        """{"<kind>/<parameter>": [(file, key, start, numel)]}"""
-        found: dict[str, list] = {}
-        for name in sorted(n for n in self.files if n.endswith(".safetensors")):
-            with safe_open(self.path / name, framework="pt") as opened:
-                starts = json.loads(opened.metadata()["starts"])
-                for key, start in starts.items():
-                    numel = opened.get_slice(key).get_shape()[0]
-                    found.setdefault(key, []).append((self.path / name, key, start, numel))
-        return found
-
-    def tensors(self, kind=WEIGHT):
-        """{parameter name: float32 tensor} of the weights, or of one of MOMENTS."""
-        whole = {}
-        for name, shape in self.shapes.items():
-            flat = torch.empty(torch.Size(shape).numel())
-            _copy_stretch(flat, self.stored_pieces[f"{kind}/{name}"], 0)
-            whole[name] = flat.view(shape)
-        return whole
-
-    def load_model(self, device="cpu"):
-        """The model with these weights in float32, ready for inference."""
-        model = HybridLM(self.model_config)
-        model.load_state_dict(self.tensors())
-        return model.to(device).eval()
-
-
-def load_checkpoint(path):
-    """Open a checkpoint folder and check every file of it against its manifest.
-
-    Raises FileNotFoundError or ValueError, in one line that names the file, for what is not a whole checkpoint.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"checkpoint {path} does not exist; give a folder such as runs/demo/checkpoints/step_0000400"
-        )
-    if not (path / MANIFEST).is_file():
-        raise ValueError(
-            f"{path} is not a checkpoint: it has no {MANIFEST}; give a folder such as .../checkpoints/step_0000400"
-        )
-    manifest = read_json(path / MANIFEST)
-    fields = {"format", "step", "tokens", "shapes", "run", "files"}
-    if not isinstance(manifest, dict) or set(manifest) != fields or manifest["format"] != FORMAT:
-        raise ValueError(
-            f"{path / MANIFEST} is not the manifest of a checkpoint that this version reads (format {FORMAT})"
-        )
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"checkpoint {path} is damaged: {name} is missing; take another checkpoint")
-        if file.stat().st_size != entry["bytes"]:
-            raise ValueError(
-                f"checkpoint {path} is damaged: {name} has {file.stat().st_size:,} bytes, not {entry['bytes']:,}; "
-                "take another checkpoint"
-            )
-        if file_sha256(file) != entry["sha256"]:
-            raise ValueError(
-                f"checkpoint {path} is damaged: the content of {name} has changed; take another checkpoint"
-            )
-    del manifest["format"]
-    return Checkpoint(path=path, **manifest)
+            copy_stretch(target, stored[f"{kind}/{piece.name}"], piece.start)
 
 
 def newest_whole(run_dir, say):

@@ -23,6 +23,9 @@ class TrainConfig:
 
     # fmt: off
     size: str = option(help="a name in model.config.PRESETS: nano, nano-gated, 1.3B, 2.7B, 6.7B, 13B ...")
+    layer_pattern: str | None = option(None, help="one letter a layer, M (Mamba-2) or A (attention), of any length, such as AMAMAMAM (default: the size's)")
+    seq_len: int | None = option(None, least=1, help="tokens in a sequence (default: the size's)")
+    rope_scaling: str | None = option(None, help="linear, ntk or yarn: stretch the rotary positions by --seq-len / the size's own (default: as the size is)")
     data: str = option(help="a data folder, made by curation.pipeline")
     run: str = option(help="the run's folder, for example runs/demo")
     steps: int | None = option(None, least=1, help="optimizer steps; the length of the learning-rate schedule (default: one pass over the data)")
@@ -38,6 +41,8 @@ class TrainConfig:
     clip: float = option(1.0, least=0, help="largest norm of the whole gradient; 0 switches clipping off")
     seed: int = option(1234, least=0, help="of the first weights and of the order of the data")
     ds_config: str | None = option(None, help="a DeepSpeed JSON (default: ds_configs/zero2.json, or cpu.json where there is no GPU)")
+    kernels: str = option("auto", help="which operations run: fused (mamba-ssm, causal-conv1d), torch (PyTorch alone), or auto: fused where its packages and a GPU are present")
+    recompute: str = option("none", help="layer: keep only each layer's input for the backward pass and run the layer again there (less memory, more work); none: keep everything")
     save_every: int = option(1000, least=0, help="steps between checkpoints; 0 saves only at the end")
     keep: int = option(5, least=0, help="checkpoints to keep; older ones are deleted; 0 keeps all")
     eval_every: int = option(500, least=0, help="steps between measurements of the held-out loss; 0 leaves them out")
@@ -49,15 +54,36 @@ class TrainConfig:
 
 # Batch and rate follow GPT-3 (arXiv:2005.14165, table 2.1), the batch rounded to a power of two; micro-batches are a
 # start, to be raised until memory is full. tiny and nano are for small machines and were found by trial (BENCHMARKS.md).
+# 1.3B-gated takes the 512k tokens that its own recipe names. The laboratory, 50M, 100M and 150M are for little text:
+# GPT-3's rate at a smaller batch, since a run of few tokens needs the steps (the critical batch is small early on,
+# arXiv:1812.06162). Mamba sizes: the batch of 0.5M tokens and five times GPT-3's rate of the Mamba papers' own recipe
+# (arXiv:2312.00752, appendix E.2).
 # fmt: off
 SIZE_DEFAULTS = {
     "tiny":       dict(batch_tokens=512,     micro_batch=4, lr=3e-3),
     "nano":       dict(batch_tokens=2048,    micro_batch=4, lr=6e-3),
-    "nano-gated": dict(batch_tokens=2048,    micro_batch=4, lr=6e-3),
+
     "1.3B":       dict(batch_tokens=1 << 20, micro_batch=4, lr=2e-4),
     "2.7B":       dict(batch_tokens=1 << 20, micro_batch=2, lr=1.6e-4),
     "6.7B":       dict(batch_tokens=1 << 21, micro_batch=1, lr=1.2e-4),
     "13B":        dict(batch_tokens=1 << 21, micro_batch=1, lr=1e-4),
+
+    "nano-gated": dict(batch_tokens=2048,    micro_batch=4, lr=6e-3),
+    "32M-gated":  dict(batch_tokens=1 << 19, micro_batch=8, lr=6e-4),
+    "125M-gated": dict(batch_tokens=1 << 19, micro_batch=8, lr=6e-4),
+    "350M-gated": dict(batch_tokens=1 << 19, micro_batch=8, lr=3e-4),
+    "760M-gated": dict(batch_tokens=1 << 19, micro_batch=4, lr=2.5e-4),
+    "1.3B-gated": dict(batch_tokens=1 << 19, micro_batch=4, lr=2e-4),
+
+    "lab":        dict(batch_tokens=1 << 17, micro_batch=32, lr=3e-4),
+
+    "50M":        dict(batch_tokens=1 << 16, micro_batch=4, lr=6e-4),
+    "100M":       dict(batch_tokens=1 << 16, micro_batch=4, lr=6e-4),
+    "150M":       dict(batch_tokens=1 << 16, micro_batch=4, lr=6e-4),
+
+    "mamba-130M": dict(batch_tokens=1 << 19, micro_batch=16, lr=3e-3),
+    "mamba-370M": dict(batch_tokens=1 << 19, micro_batch=8, lr=1.5e-3),
+    "mamba-1.3B": dict(batch_tokens=1 << 19, micro_batch=4, lr=1e-3),
 }
 # fmt: on
 
@@ -82,7 +108,9 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
 
     Raises ValueError for anything that cannot be, before a GPU is taken.
     """
-    model = get_preset(config.size)
+    model = get_preset(
+        config.size, layer_pattern=config.layer_pattern, seq_len=config.seq_len, rope_scaling=config.rope_scaling
+    )
     # the next multiple of 128: the head's matrix product then fills whole tiles
     model = dataclasses.replace(model, vocab_size=-(-vocab_size // 128) * 128)
     for f in dataclasses.fields(config):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from curation.shards import TokenStream
-from model.hybrid import IGNORED_TARGET
+from model.reference import IGNORED_TARGET
 from train.order import shuffled
 
 

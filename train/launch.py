@@ -39,7 +39,7 @@ def main(argv=None):
     except Stopped as stopped:
         say(rank, str(stopped))
         return 130
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:  # ImportError: kernels that are not installed
         say(rank, f"error: {error}")
         return 2
     except (FloatingPointError, OSError) as error:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from curation.shards import file_names, manifest_sha256, open_stream, read_manifest, verify_files
+from model.ops import load_ops
 from train.checkpoint import delete_old, newest_whole, restore_optimizer, save_checkpoint
 from train.config import make_plan
 from train.data import training_batches
@@ -50,7 +51,8 @@ def train(config):
         config, vocab_size=manifest["tokenizer"]["vocab_size"], n_tokens=stream.n_tokens, world_size=world_size
     )
     ds_config = complete_ds_config(ds_settings, plan, config)
-    record = describe(config, plan, ds_config, world_size)
+    ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
+    record = describe(config, plan, ds_config, world_size) | {"kernels": ops.__name__}
     run_dir = RunDir(Path(config.run))
     check_new_or_resumed(run_dir, config.resume, record)
 

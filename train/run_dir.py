@@ -10,19 +10,22 @@ runs/demo/
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from curation.shards import new_file
+from model.config import ModelConfig
 
 CHECKPOINT_PREFIX = "step_"
 
 # What may differ when a run goes on: where it stops, how it is watched, and how the work is laid out over machines.
 MAY_CHANGE = frozenset({
     "run.data", "run.run", "run.stop_after", "run.micro_batch", "run.ds_config", "run.save_every", "run.keep",
-    "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "plan.last_step", "plan.micro_batch",
-    "plan.grad_accum",
+    "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.kernels", "run.recompute",
+    "plan.last_step", "plan.micro_batch", "plan.grad_accum",
 })  # fmt: skip
+# A run that was started before ModelConfig had a field was of that field's default.
+LATER_FIELDS = {f"model.{f.name}": f.default for f in fields(ModelConfig) if f.default is not MISSING}
 COMPARED = ("run", "plan", "model", "data.manifest_sha256")  # the rest (versions, argv ...) is there to be read
 
 
@@ -75,7 +78,7 @@ def flatten(value, prefix=""):
 
 def differences(before, now):
     """What stops a run from going on, a line each: "run.seed: 1234 before, 99 now"."""
-    old, new = flatten(before), flatten(now)
+    old, new = LATER_FIELDS | flatten(before), LATER_FIELDS | flatten(now)
     compared = [k for k in old | new if k.startswith(COMPARED) and k not in MAY_CHANGE]
     return [f"{k}: {old.get(k)!r} before, {new.get(k)!r} now" for k in compared if old.get(k) != new.get(k)]
 

@@ -1,0 +1,292 @@
+"""The fused kernels on a CUDA GPU: each equals its plain PyTorch twin, and documents stay apart. Run: make test-gpu
+
+The twin in float32, on the same inputs, is the truth. Errors are measured against its largest value:
+- float32: 5e-5, sums in another order, with factors split into three TF32 parts (24 bits of about 2^-22 each);
+- bfloat16: 2e-2, five times the 2^-8 of one rounding, since a scan rounds states and products on the way; or half as
+  much again as the twin's own error in bfloat16, where sums cancel.
+Uninitialised memory is filled with NaN (torch's deterministic mode), so that a value never written would show.
+"""
+
+import math
+import os
+from functools import partial
+
+import pytest
+import torch
+
+from model import reference
+from model.config import ModelConfig
+from model.hybrid import HybridLM
+from model.layers import Packing
+from model.ops import load_ops
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: products repeat themselves
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: make test-gpu"),
+    pytest.mark.filterwarnings("ignore"),  # deterministic mode warns of each operation that has no such form
+]
+
+LENGTHS = [1, 2, 63, 64, 65, 255, 256, 257, 1000]  # around 64 and the chunk of 256
+STARTS = [[0, 5, 64, 70, 256, 300, 511, 700], [0, 63, 65, 255, 257, 768]]  # of documents, on and off chunk edges
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2e-2}
+SHAPE = ModelConfig(
+    d_model=256, layer_pattern="MAM", n_heads=4, n_kv_heads=2, d_ff=256, seq_len=1000, vocab_size=512,
+    d_state=128, mamba_head_dim=64, n_groups=2, chunk_size=256,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def fused():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # mamba_ssm then tries one tile size, not nine
+    ops = load_ops("fused")
+    torch.use_deterministic_algorithms(False)
+    return ops
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def exact(deterministic, monkeypatch):
+    """Runs that repeat themselves bit for bit, so that any difference is a leak."""
+
+    def for_dtype(dtype):
+        if dtype == torch.float32:  # its attention has no other form, and repeats itself as it is
+            return
+        # FlashAttention adds in a fixed order only where nothing else is let through; the cumulative sums of rows,
+        # which torch lists as if they did not, always do
+        for place, name in ((torch, "cumsum"), (torch.Tensor, "cumsum")):
+            monkeypatch.setattr(place, name, let_through(getattr(place, name)))
+        torch.use_deterministic_algorithms(True)
+
+    def let_through(function):
+        def call(*arguments, **settings):
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            result = function(*arguments, **settings)
+            torch.use_deterministic_algorithms(True)
+            return result
+
+        return call
+
+    return for_dtype
+
+
+def document_ids(l):
+    index = torch.arange(l)
+    rows = [sum((index >= start).long() for start in starts) for starts in STARTS]
+    return torch.stack(rows).cuda()
+
+
+def draw(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to("cuda", dtype)
+
+
+def results(function, inputs, dtype):
+    """What a function gives for inputs of a dtype, and their gradients, for fixed gradients of what it gives."""
+    inputs = [t.detach().to(dtype if t.dtype == torch.bfloat16 else t.dtype).requires_grad_() for t in inputs]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    seeds = [draw(*t.shape, seed=1).to(t.dtype) for t in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, inputs, seeds)]
+
+
+def assert_same(function, twin, inputs, dtype):
+    """function in dtype = twin in float32, outputs and gradients. Inputs in bfloat16 are those that follow dtype."""
+    plain, truth = results(twin, inputs, dtype), results(twin, inputs, torch.float32)
+    for got, same, want in zip(results(function, inputs, dtype), plain, truth, strict=True):
+        size = want.abs().max().clamp(min=1e-2)  # a gradient may be nothing but rounding: that of a softmax of one
+        error, allowed = ((t.float() - want).abs().max() / size for t in (got, same))
+        assert error <= max(TOLERANCE[dtype], 1.5 * allowed), f"{tuple(want.shape)}: {error:.2e}, twin {allowed:.2e}"
+
+
+def assert_twins(fused, name, inputs, dtype, **settings):
+    assert_same(*(partial(getattr(ops, name), **settings) for ops in (fused, reference)), inputs, dtype)
+
+
+def scan_inputs(l, g, b=2, h=4, p=64, n=128):
+    dt = draw(b, l, h, seed=2).sigmoid() * math.log(100)
+    x, B, C = (
+        draw(*shape, dtype=torch.bfloat16, seed=i)
+        for i, shape in enumerate([(b, l, h, p), (b, l, g, n), (b, l, g, n)])
+    )
+    return [x, dt.exp() / 1000, -draw(h, seed=3).exp() * 4, B, C, draw(h, seed=4)]
+
+
+@pytest.mark.parametrize("g", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_scan_equals_its_twin(fused, deterministic, l, dtype, packed, g):
+    ids = Packing(document_ids(l)).document_ids if packed else None
+    inputs = [*scan_inputs(l, g), draw(2, 4, 128, 64, seed=5)]
+
+    def scan(ops):
+        return lambda x, dt, A, B, C, D, start: ops.ssd(x, dt, A, B, C, D, 256, ids, start)
+
+    assert_same(scan(fused), scan(reference), inputs, dtype)
+    without_start = [lambda *t, ops=ops: ops.ssd(*t, 256, ids)[0] for ops in (fused, reference)]
+    assert_same(*without_start, inputs[:-1], dtype)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_convolution_equals_its_twin(fused, deterministic, l, dtype, packed):
+    ids = Packing(document_ids(l)).document_ids if packed else None
+    sizes = [(2, l, 96), (96, 4), (96,), (2, 3, 96)]
+    inputs = [draw(*size, dtype=torch.bfloat16, seed=i) for i, size in enumerate(sizes)]
+    assert_twins(fused, "causal_conv1d", inputs[:3], dtype, document_ids=ids)
+    convolutions = [lambda x, w, b, s, ops=ops: ops.causal_conv1d(x, w, b, ids, s) for ops in (fused, reference)]
+    assert_same(*convolutions, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_norms_equal_their_twins(fused, deterministic, l, dtype):
+    x, z, weight = (
+        draw(*size, dtype=torch.bfloat16, seed=i) for i, size in enumerate([(2, l, 256), (2, l, 256), (256,)])
+    )
+    assert_twins(fused, "rms_norm", [x, weight], dtype, eps=1e-5)
+    assert_twins(fused, "rms_norm", [x.unflatten(-1, (4, 64)), weight[:64]], dtype, eps=1e-5)  # a norm of each head
+    for g in (1, 2):
+        assert_twins(fused, "gated_rms_norm", [x, z, weight], dtype, n_groups=g, eps=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_attention_equals_its_twin(fused, l, dtype, packed):
+    sizes = [(2, l, 4, 128), (2, l, 2, 128), (2, l, 2, 128)]
+    inputs = [draw(*size, dtype=torch.bfloat16, seed=i) for i, size in enumerate(sizes)]
+    for settings in ({}, {"scale": 0.2}, {"slopes": draw(4, seed=9).abs() / 10}):
+        packing = Packing(document_ids(l)) if packed else None
+        assert_twins(fused, "attention", inputs, dtype, packing=packing, **settings)
+
+
+@pytest.mark.parametrize("vocab", [512, 50304])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", [1, 63, 5000])
+def test_cross_entropy_equals_its_twin(fused, deterministic, t, dtype, vocab):
+    targets = torch.randint(0, vocab, (t,), generator=torch.Generator().manual_seed(t))
+    targets[1::3] = reference.IGNORED_TARGET
+    inputs = [draw(t, 64, dtype=torch.bfloat16), draw(vocab, 64, dtype=torch.bfloat16, scale=0.3)]
+    assert_twins(fused, "cross_entropy", inputs, dtype, targets=targets.cuda())
+    with torch.no_grad():
+        got, want = (ops.cross_entropy(*inputs, targets.cuda()) for ops in (fused, reference))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)  # the same bfloat16 logits, float32 sums
+
+
+def test_cross_entropy_never_holds_the_logits(fused):
+    hidden, weight = draw(16384, 64, dtype=torch.bfloat16), draw(50304, 64, dtype=torch.bfloat16)
+    targets = torch.zeros(16384, dtype=torch.long, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fused.cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets).backward()
+    logits = 16384 * 50304 * 4
+    assert torch.cuda.max_memory_allocated() - before < logits / 4
+
+
+# ---- the whole model
+
+
+def make_model(kernels, dtype=torch.float32, recompute="none"):
+    torch.manual_seed(0)
+    model = HybridLM(SHAPE, kernels=kernels, recompute=recompute)
+    with torch.no_grad():  # larger than at the start, so that a leak or an error would show
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)
+    return model.to("cuda", torch.bfloat16).to(dtype)  # the same weights, whatever the dtype
+
+
+def tokens(seed=0):
+    return torch.randint(0, SHAPE.vocab_size, (2, 1000), generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def run(model, inputs, ids, targets=None):
+    """Logits or loss, and the gradient that reaches the embedded tokens and each parameter."""
+    kept = []
+    handle = model.embedding.register_forward_hook(lambda module, given, x: kept.append(x))
+    output = model(inputs, targets=targets, document_ids=ids)
+    handle.remove()
+    loss = output if targets is not None else (output * draw(*output.shape, seed=3)).sum()
+    gradients = torch.autograd.grad(loss, [kept[0], *model.parameters()])
+    return [output.detach().float(), *(t.float() for t in gradients)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_model_equals_the_plain_one(fused, packed, dtype):
+    ids = document_ids(1000) if packed else None
+    for targets in (None, tokens(1)):
+        truth = run(make_model("torch"), tokens(), ids, targets)
+        plain = run(make_model("torch", dtype), tokens(), ids, targets)
+        got = run(make_model("fused", dtype), tokens(), ids, targets)
+        for want, twin, mine in zip(truth, plain, got, strict=True):
+            size = want.norm() + 1e-30
+            error, twins = (mine - want).norm() / size, (twin - want).norm() / size
+            tolerance = 2e-4 if dtype == torch.float32 else TOLERANCE[dtype]  # float32: rounding, through three layers
+            assert error <= twins + tolerance, f"{tuple(want.shape)}: {error:.2e}, twin {twins:.2e}"
+
+
+def test_packed_loss_equals_the_loss_of_each_document_alone(fused):
+    torch.manual_seed(0)
+    model = HybridLM(SHAPE, kernels="fused").cuda()
+    ids, inputs, targets = document_ids(1000)[:1], tokens()[:1], tokens(1)[:1]
+    with torch.no_grad():
+        packed = model(inputs, targets=targets, document_ids=ids)
+        alone = 0
+        for document in ids.unique():
+            here = ids[0] == document
+            alone += model(inputs[:, here], targets=targets[:, here]) * here.sum() / here.numel()
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_document_changes_nothing_in_another(fused, exact, compiled, recompute, dtype):
+    exact(dtype)
+    model = make_model("fused", dtype, recompute)
+    if compiled:
+        for layer in model.layers:
+            layer.compile()
+    ids, first, second = document_ids(1000), tokens(), tokens()
+    changed = ids == 3  # from 64 to 69, and from 65 to 254
+    second[changed] = tokens(2)[changed]
+    targets = tokens(1).masked_fill(changed, reference.IGNORED_TARGET)
+    logits, dlogits, *_ = run(model, first, ids)
+    other_logits, other_dlogits, *_ = run(model, second, ids)
+    assert torch.equal(logits[~changed], other_logits[~changed]) and not torch.equal(logits, other_logits)
+    assert torch.equal(dlogits[~changed], other_dlogits[~changed])
+    _, dx, *_ = run(model, first, ids, targets)
+    assert not dx[changed].any() and dx[~changed].any()  # the loss of the other documents
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recomputation_changes_no_bit(fused, exact, dtype):
+    exact(dtype)
+    for whole, again in zip(
+        *(run(make_model("fused", dtype, r), tokens(), document_ids(1000), tokens(1)) for r in ("none", "layer")),
+        strict=True,
+    ):
+        assert torch.equal(whole, again)
+
+
+def test_decoding_equals_the_forward_pass(fused):
+    model = make_model("fused").eval()
+    inputs = tokens()[:, :300]
+    with torch.inference_mode():
+        want = model(inputs)
+        state, got = model.new_state(), []
+        for stretch in inputs.split([257, 1, 2, 1, 39], dim=1):
+            logits, state = model.step(stretch, state)
+            got.append(logits)
+    torch.testing.assert_close(torch.cat(got, dim=1), want, rtol=0, atol=1e-4 * want.abs().max().item())
