@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -118,8 +119,22 @@ def test_a_token_changes_nothing_before_it(model):
     assert (before[:, 21:] - after[:, 21:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize("edge", [1, 15, 16, 17, 32])  # on and off chunk edges
-def test_packed_document_cannot_see_its_neighbours(model, edge):
+def test_packed_document_cannot_see_its_neighbours(model, edge, recompute):
+    model.recompute = recompute
+    assert_middle_document_is_alone(model, edge)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.parametrize("model", ["hybrid"], indirect=True)
+def test_compiled_layers_keep_documents_apart(model):
+    for layer in model.layers[:2]:  # a Mamba-2 and an attention layer: compiling takes its time
+        layer.compile()
+    assert_middle_document_is_alone(model, edge=17)
+
+
+def assert_middle_document_is_alone(model, edge):
     l, end = 48, edge + 11
     document_ids = torch.zeros(1, l, dtype=torch.long)
     document_ids[:, edge:], document_ids[:, end:] = 1, 2
