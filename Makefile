@@ -34,7 +34,7 @@ venv_from_apt = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "py
 
 .venv/ready: requirements.txt requirements-gpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or newer is needed; give one with make PYTHON=python3.12" >&2; exit 2; }
-	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || { $(venv_from_pip); } || { $(venv_from_apt); } || { echo "error: $(PYTHON) cannot make a virtual environment; install it, on Debian and Ubuntu with: apt-get install python3-venv" >&2; exit 2; }
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv .venv; else { $(venv_from_pip); } || { $(venv_from_apt); } || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }; fi
 	$(PY) -m pip install --quiet --progress-bar off "$$(grep '^torch==' requirements.txt)"
 	$(PY) -m pip install --quiet --progress-bar off --use-pep517 -r requirements.txt
 	@if [ "$(GPUS)" != 0 ] && command -v nvcc >/dev/null; then set -ex; $(PY) -m pip install --quiet setuptools wheel ninja packaging; $(PY) -m pip install --quiet --no-build-isolation -r requirements-gpu.txt; fi
