@@ -180,6 +180,7 @@ class TokenStream:
     sources: tuple[str, ...]
     shards: tuple[np.ndarray, ...]  # memory-mapped, 1-D
     edges: np.ndarray  # (number of shards + 1,): where each shard begins in the stream, and the end of the last
+    source_edges: np.ndarray  # (number of sources + 1,): the same for the sources
     separator_id: int
     n_documents: int
     text_bytes: int  # UTF-8 bytes of the documents' text, for bits per byte
@@ -194,20 +195,30 @@ class TokenStream:
         Both are int64 (n,). The ids count 0, 1, 2... within this slice, one more at each separator; a document that
         began before `start` has id 0. Raises ValueError when the slice does not lie inside the stream.
         """
-        if start < 0 or n < 1 or start + n > self.n_tokens:
-            asked = f"tokens {start:,} to {start + n:,} of {self.folder}/{self.split}"
+        tokens, document_ids = self.read_rows([start], n)
+        return tokens[0], document_ids[0]
+
+    def read_rows(self, starts: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `read` gives for each of `starts`, as two int64 arrays (rows, n)."""
+        starts = np.asarray(starts, np.int64)
+        if n < 1 or starts.size and not 0 <= starts.min() <= starts.max() <= self.n_tokens - n:
+            bad = next(int(start) for start in starts if n < 1 or not 0 <= start <= self.n_tokens - n)
+            asked = f"tokens {bad:,} to {bad + n:,} of {self.folder}/{self.split}"
             raise ValueError(f"{asked} were asked for; it has {self.n_tokens:,}")
-        tokens = np.empty(n, np.int64)
-        filled = 0
-        shard = int(np.searchsorted(self.edges, start, side="right")) - 1
-        while filled < n:
-            offset = start + filled - int(self.edges[shard])
-            piece = self.shards[shard][offset : offset + n - filled]
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            shard += 1
-        document_ids = np.cumsum(tokens == self.separator_id, dtype=np.int64)
-        return tokens, document_ids - document_ids[0]
+        tokens = np.empty((len(starts), n), self.shards[0].dtype)
+        first = np.searchsorted(self.edges, starts, side="right") - 1
+        for row, shard, offset in zip(tokens, first.tolist(), (starts - self.edges[first]).tolist(), strict=True):
+            piece = self.shards[shard][offset : offset + n]
+            row[: len(piece)] = piece
+            filled = len(piece)
+            while filled < n:  # the rest lies in the next shards
+                shard += 1
+                piece = self.shards[shard][: n - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        begins = tokens == self.separator_id
+        begins[:, 0] = False  # what the slice begins with has id 0
+        return tokens.astype(np.int64), np.cumsum(begins, axis=1, dtype=np.int64)
 
 
 def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = None) -> TokenStream:
@@ -250,6 +261,7 @@ def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = 
         sources=chosen,
         shards=tuple(shards),
         edges=np.cumsum([0, *map(len, shards)]),
+        source_edges=np.cumsum([0, *(available[source]["tokens"] for source in chosen)]),
         separator_id=manifest["tokenizer"]["separator_id"],
         n_documents=sum(available[source]["documents"] for source in chosen),
         text_bytes=sum(available[source]["text_bytes"] for source in chosen),

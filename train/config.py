@@ -27,6 +27,8 @@ class TrainConfig:
     seq_len: int | None = option(None, least=1, help="tokens in a sequence (default: the size's)")
     rope_scaling: str | None = option(None, help="linear, ntk or yarn: stretch the rotary positions by --seq-len / the size's own (default: as the size is)")
     data: str = option(help="a data folder, made by curation.pipeline")
+    mixture: str | None = option(None, help="weights by source, such as code=0.5,docs=0.3,web=0.2; other sources are left out (default: every source, in proportion to its tokens)")
+    max_epochs: str | None = option(None, help="with --mixture: how often a source may be repeated at most, such as code=4,docs=1.5 (default: as often as its weight takes)")
     run: str = option(help="the run's folder, for example runs/demo")
     steps: int | None = option(None, least=1, help="optimizer steps; the length of the learning-rate schedule (default: one pass over the data)")
     stop_after: int | None = option(None, least=1, help="save and stop after this step, short of the schedule's end (default: go to the end)")

@@ -24,6 +24,7 @@ from train.config import make_plan
 from train.data import training_batches
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
 from train.metrics import Metrics
+from train.mixture import check_epochs, read_mixture
 from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, remove_unfinished, write_json
 from train.schedule import learning_rate
 from train.validate import heldout_loss
@@ -46,10 +47,14 @@ def train(config):
     manifest = read_manifest(config.data)
     if config.verify_data:  # the ranks share the work
         verify_files(config.data, file_names(manifest)[rank::world_size])
-    stream = open_stream(config.data, "train")
+    mixture = read_mixture(config.mixture, config.max_epochs)
+    stream = open_stream(config.data, "train", mixture and mixture.sources)
     plan = make_plan(
         config, vocab_size=manifest["tokenizer"]["vocab_size"], n_tokens=stream.n_tokens, world_size=world_size
     )
+    if mixture:
+        n_samples = plan.steps * plan.batch_sequences
+        source_epochs = check_epochs(mixture, stream, plan.model.seq_len, config.seed, n_samples)
     ds_config = complete_ds_config(ds_settings, plan, config)
     ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
     record = describe(config, plan, ds_config, world_size) | {"kernels": ops.__name__}
@@ -75,8 +80,10 @@ def train(config):
             f"{config.run} {going}, to {plan.last_step:,}: {config.size}, {plan.model.n_parameters:,} parameters, "
             f"{world_size} processes x {plan.grad_accum} x {plan.micro_batch} sequences of {plan.model.seq_len} tokens"
         )
+        if mixture:
+            metrics.say(mixture.describe(source_epochs))
 
-    batches = training_batches(stream, plan, config.seed, rank, world_size, start + 1, device)
+    batches = training_batches(stream, plan, config.seed, rank, world_size, start + 1, device, mixture)
     batch_tokens = plan.batch_sequences * plan.model.seq_len
     saved_step = start
     for step in range(start + 1, plan.last_step + 1):
