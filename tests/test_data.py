@@ -7,6 +7,7 @@ import pytest
 from test_train import plan
 
 from curation.shards import open_stream
+from train.bench_data import make_sparse_folder, start_up_alone
 from train.data import n_sequences, read_rows, read_sequences, sequence_indices, training_batches
 from train.mixture import PARTS, check_epochs, mixture_starts, read_mixture, source_sequences
 from train.order import deal, dealt
@@ -169,7 +170,8 @@ def test_rows_read_at_once_are_the_rows_read_alone(data):
     stream = open_stream(data, "train")
     edge = int(stream.edges[1])
     starts = [0, 5, edge - 30, edge - 1, edge, stream.n_tokens - 40]  # some across the edge of two shards
-    tokens, document_ids = stream.read_rows(starts, 40)
+    tokens = stream.read_rows(starts, 40)
+    document_ids = stream.document_ids(tokens)
     whole = np.concatenate(stream.shards)
     for row, ids, start in zip(tokens, document_ids, starts, strict=True):
         assert row.tolist() == whole[start : start + 40].tolist()
@@ -177,3 +179,11 @@ def test_rows_read_at_once_are_the_rows_read_alone(data):
         assert ids.tolist() == (begins - begins[0]).tolist()
     batch = read_rows(stream, starts, 39, "cpu")
     assert batch.targets.tolist() == tokens[:, 1:].tolist()
+
+
+@pytest.mark.parametrize("mixture", [None, "books=0.2,code=0.5,web=0.3"])
+def test_a_hundred_billion_tokens_open_in_a_second_and_little_memory_at_any_position(tmp_path, mixture):
+    make_sparse_folder(tmp_path / "sparse", 10**11, 10**8)
+    found = start_up_alone(tmp_path / "sparse", mixture, 10**7)
+    assert found["open_s"] < 1
+    assert found["peak_mib"] < 100

@@ -42,10 +42,11 @@ def read_sequences(stream: TokenStream, indices, seq_len, device):
 
 def read_rows(stream: TokenStream, starts, seq_len, device):
     """The sequences that begin at these places of the stream as a Batch on `device`."""
-    rows, document_ids = stream.read_rows(starts, seq_len + 1)
+    rows = stream.read_rows(starts, seq_len + 1)
+    tokens, targets = rows[:, :-1], rows[:, 1:]
     # targets are not masked at document ends: the separator there is predicted from its own document alone
-    parts = (rows[:, :-1], rows[:, 1:], document_ids[:, :-1])
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts))
+    parts = (tokens.astype(np.int64, order="C"), targets.astype(np.int64, order="C"), stream.document_ids(tokens))
+    return Batch(*(torch.from_numpy(part).to(device) for part in parts))
 
 
 def step_places(step, plan, rank, world_size):
