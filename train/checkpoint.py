@@ -50,18 +50,21 @@ class Piece:
 
 
 def torch_optimizer(engine):
-    """The torch optimizer inside DeepSpeed's."""
-    return engine.optimizer.optimizer
+    """The torch optimizer inside DeepSpeed's; in stage 0 there is no other."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
 def owned_pieces(engine):
-    """The pieces that this rank owns, in ZeRO stages 1 to 3; together the ranks own each element once.
+    """The pieces that this rank owns. In ZeRO stages 1 to 3 the ranks together own each element once; in stage 0 each
+    rank owns everything.
 
     Reads DeepSpeed 0.19's maps from parameters to flat shards: `_hp_mapping` (stages 1 and 2), `grad_position` (3).
     """
     stage, optimizer, pieces = engine.zero_optimization_stage(), engine.optimizer, []
     for name, parameter in engine.module.named_parameters():
-        if stage == 3:
+        if stage == 0:
+            pieces.append(Piece(name, 0, parameter.numel(), parameter, 0))
+        elif stage == 3:
             group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = padded * dist.get_rank()
             numel = min(padded, parameter.ds_numel - start)  # the last shards are padded
@@ -116,7 +119,8 @@ def save_checkpoint(engine, folder, *, step, tokens, run, tokenizer):
 def _write_rank_file(engine, path):
     """Write this rank's pieces; returns (file name, its entry in the manifest)."""
     optimizer, tensors, starts = torch_optimizer(engine), {}, {}
-    for piece in owned_pieces(engine):
+    copies = engine.zero_optimization_stage() == 0 and dist.get_rank() != 0  # of what rank 0 writes
+    for piece in [] if copies else owned_pieces(engine):
         for kind in (WEIGHT, *MOMENTS):
             tensor = piece.weight() if kind == WEIGHT else piece.moment(optimizer, kind)
             tensors[f"{kind}/{piece.name}"] = tensor.float().cpu().contiguous()

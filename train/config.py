@@ -22,7 +22,8 @@ class TrainConfig:
     """One run. Every field is a flag, and every flag is a field; None means "from the size's defaults" or as it says."""
 
     # fmt: off
-    size: str = option(help="a name in model.config.PRESETS: nano, nano-gated, 1.3B, 2.7B, 6.7B, 13B ...")
+    preset: str | None = option(None, help="a set-up of train.config.RUN_PRESETS: quick_test, small_scale, medium_scale, large_scale, single_gpu, laptop_8gb, lab; every other flag overrides it (default: none)")
+    size: str | None = option(None, help="a name in model.config.PRESETS: nano, nano-gated, 1.3B, 2.7B, 6.7B, 13B ... (default: the preset's)")
     layer_pattern: str | None = option(None, help="one letter a layer, M (Mamba-2) or A (attention), of any length, such as AMAMAMAM (default: the size's)")
     seq_len: int | None = option(None, least=1, help="tokens in a sequence (default: the size's)")
     rope_scaling: str | None = option(None, help="linear, ntk or yarn: stretch the rotary positions by --seq-len / the size's own (default: as the size is)")
@@ -31,6 +32,8 @@ class TrainConfig:
     max_epochs: str | None = option(None, help="with --mixture: how often a source may be repeated at most, such as code=4,docs=1.5 (default: as often as its weight takes)")
     run: str = option(help="the run's folder, for example runs/demo")
     steps: int | None = option(None, least=1, help="optimizer steps; the length of the learning-rate schedule (default: one pass over the data)")
+    tokens: float | None = option(None, help="instead of --steps: how many tokens to train on, rounded down to whole steps (default: as --steps says)")
+    epochs: float | None = option(None, help="instead of --steps: how many passes over the data, rounded down to whole steps (default: as --steps says)")
     stop_after: int | None = option(None, least=1, help="save and stop after this step, short of the schedule's end (default: go to the end)")
     batch_tokens: int | None = option(None, least=1, help="tokens in one optimizer step, over all GPUs (default: the size's)")
     micro_batch: int | None = option(None, least=1, help="sequences a GPU works on at a time (default: the size's)")
@@ -49,6 +52,7 @@ class TrainConfig:
     keep: int = option(5, least=0, help="checkpoints to keep; older ones are deleted; 0 keeps all")
     eval_every: int = option(500, least=0, help="steps between measurements of the held-out loss; 0 leaves them out")
     eval_tokens: int = option(1_000_000, least=0, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
+    timeout_minutes: float = option(10.0, least=1, help="minutes that a process waits for another before it fails; make it longer than the slowest save")
     resume: bool = option(False, help="go on from the run's newest whole checkpoint")
     verify_data: bool = option(True, help="compare the sha256 of every shard with the manifest before training")
     # fmt: on
@@ -88,6 +92,48 @@ SIZE_DEFAULTS = {
     "mamba-1.3B": dict(batch_tokens=1 << 19, micro_batch=4, lr=1e-3),
 }
 # fmt: on
+
+
+# The set-ups of `--preset`: flags and nothing else. Rates, batches and micro-batches that are not here are the size's.
+# Without a length the run is one pass over the data. bf16 is zero2.json's; quick_test takes what the machine has.
+ZERO2 = "ds_configs/zero2.json"
+RUN_PRESETS = {
+    # a hundred steps on a small text: does everything work?
+    "quick_test": dict(size="nano", steps=100, eval_every=50, eval_tokens=50_000, save_every=50, keep=2),
+    # four GPUs, 10 billion tokens
+    "small_scale": dict(size="1.3B", steps=10_000, batch_tokens=1 << 20, ds_config=ZERO2, recompute="layer"),
+    # eight GPUs, 105 billion tokens: about one pass over the corpus of eight sources
+    "medium_scale": dict(size="2.7B", steps=100_000, batch_tokens=1 << 20, ds_config=ZERO2, recompute="layer"),
+    # eight to sixteen GPUs, 157 billion tokens: half the size's usual batch, so that the corpus is not read three times
+    "large_scale": dict(size="6.7B", steps=150_000, batch_tokens=1 << 20, ds_config=ZERO2, recompute="layer"),
+    # one GPU, 100 billion tokens in batches of 512k
+    "single_gpu": dict(size="1.3B-gated", tokens=100e9, batch_tokens=1 << 19, warmup_steps=2000, weight_decay=0.1,
+                       beta1=0.9, beta2=0.95, clip=1.0, ds_config=ZERO2, recompute="layer", save_every=1000, keep=5),
+    # a card of 8 GB and one's own text; the batch is reached by accumulation
+    "laptop_8gb": dict(size="100M", batch_tokens=1 << 16, micro_batch=4, ds_config=ZERO2, recompute="layer", keep=2),
+    # layer patterns side by side: the same text once for each --layer-pattern
+    "lab": dict(size="lab", seq_len=512, epochs=1.0, batch_tokens=1 << 17, ds_config=ZERO2, eval_every=200),
+}  # fmt: skip
+LENGTHS = ("steps", "tokens", "epochs")
+
+
+def make_config(given):
+    """A TrainConfig of the flags that were given, upon their preset, and where each value came from.
+
+    given: {field: value}, of the flags on the command line alone. Returns (config, {field: "flag", "preset lab" or
+    "default"}). Raises ValueError for an unknown preset, and without a size.
+    """
+    preset = given.get("preset")
+    if preset is not None and preset not in RUN_PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(RUN_PRESETS)}")
+    beneath = dict(RUN_PRESETS[preset]) if preset else {}
+    if any(name in given for name in LENGTHS):
+        beneath = {name: value for name, value in beneath.items() if name not in LENGTHS}
+    config = TrainConfig(**(beneath | given))
+    if config.size is None:
+        raise ValueError("neither --size nor --preset is given; one of them must be")
+    origins = dict.fromkeys((f.name for f in dataclasses.fields(TrainConfig)), "default")
+    return config, origins | dict.fromkeys(beneath, f"preset {preset}") | dict.fromkeys(given, "flag")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +191,7 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
             f"the training split of {config.data} has {n_tokens:,} tokens, which do not fill one batch of "
             f"{batch_tokens:,}; curate more text or lower --batch-tokens"
         )
-    steps = config.steps or (n_tokens - 1) // model.seq_len // batch_sequences
+    steps = plan_steps(config, batch_tokens, (n_tokens - 1) // model.seq_len / batch_sequences)
     warmup_steps = min(2000, steps // 10) if config.warmup_steps is None else config.warmup_steps
     if warmup_steps >= steps:
         raise ValueError(f"--warmup-steps {warmup_steps} leaves no step of the {steps} to train at the full rate")
@@ -162,13 +208,36 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
     )
 
 
+def plan_steps(config, batch_tokens, steps_per_epoch):
+    """Optimizer steps, from whichever of --steps, --tokens and --epochs was given; without any, one epoch."""
+    given = [name for name in LENGTHS if getattr(config, name) is not None]
+    if len(given) > 1:
+        values = " and ".join(f"{flag(name)} {getattr(config, name)}" for name in given)
+        raise ValueError(f"{values} are given; the length of a run is one of --steps, --tokens and --epochs")
+    if config.steps is not None:
+        return config.steps
+    if config.tokens is not None:
+        wanted, steps = f"--tokens {config.tokens:,.0f}", config.tokens / batch_tokens
+    else:
+        epochs = 1.0 if config.epochs is None else config.epochs
+        wanted, steps = f"--epochs {epochs}", epochs * steps_per_epoch
+    if not 1 <= steps < float("inf"):
+        raise ValueError(
+            f"{wanted} is not a step of {batch_tokens:,} tokens (--batch-tokens); allowed: a step or more"
+        )
+    return int(steps)
+
+
 def flag(name):
     """micro_batch -> --micro-batch"""
     return "--" + name.replace("_", "-")
 
 
 def add_flags(parser, config_class):
-    """One flag for each field of a frozen dataclass: --like-this, with the field's help and default."""
+    """One flag for each field of a frozen dataclass: --like-this, with the field's help and default.
+
+    A flag that is not given is not among the parsed ones, so that a preset can stand beneath (see make_config).
+    """
     for f in dataclasses.fields(config_class):
         required = f.default is dataclasses.MISSING
         shown = f.metadata["help"]
@@ -176,7 +245,7 @@ def add_flags(parser, config_class):
             shown += f" (default: {f.default})"
         arguments: dict[str, Any] = {"dest": f.name, "help": shown.replace("%", "%%"), "required": required}
         if not required:
-            arguments["default"] = f.default
+            arguments["default"] = argparse.SUPPRESS
         if f.type is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         else:

@@ -14,7 +14,7 @@ from pathlib import Path
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.config import TrainConfig, add_flags
+from train.config import TrainConfig, add_flags, make_config
 
 
 def main(argv=None):
@@ -25,6 +25,11 @@ def main(argv=None):
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed always passes it; we read LOCAL_RANK
     flags = vars(parser.parse_args(argv))
     flags.pop("local_rank")
+    try:
+        config, origins = make_config(flags)
+    except ValueError as error:
+        say(int(os.environ.get("RANK", 0)), f"error: {error}")
+        return 2
     rank = int(os.environ.get("RANK", 0))
     import torch
 
@@ -35,7 +40,7 @@ def main(argv=None):
     from train.loop import Stopped, train  # here, so that --help waits for neither
 
     try:
-        train(TrainConfig(**flags))
+        train(config, origins)
     except Stopped as stopped:
         say(rank, str(stopped))
         return 130

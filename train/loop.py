@@ -29,15 +29,15 @@ from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, remove_unfi
 from train.schedule import learning_rate
 from train.validate import heldout_loss
 
-TIMEOUT = timedelta(minutes=10)  # without a limit of its own a lost process stalls the others for half an hour
-
 
 class Stopped(Exception):
     """The run was asked to stop and has saved a checkpoint."""
 
 
-def train(config):
+def train(config, origins=None):
     """Train one model. Every process that the launcher starts calls it; see train/launch.py.
+
+    origins: where each flag's value came from, for the record (train.config.make_config).
 
     Raises ValueError or FileNotFoundError, before any process waits for another, for inputs that cannot be;
     Stopped after SIGTERM or Ctrl-C; FloatingPointError if the loss is not a number.
@@ -55,14 +55,14 @@ def train(config):
     if mixture:
         n_samples = plan.steps * plan.batch_sequences
         source_epochs = check_epochs(mixture, stream, plan.model.seq_len, config.seed, n_samples)
-    ds_config = complete_ds_config(ds_settings, plan, config)
+    ds_config = complete_ds_config(ds_settings, plan, config, world_size)
     ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
-    record = describe(config, plan, ds_config, world_size) | {"kernels": ops.__name__}
+    record = describe(config, plan, ds_config, world_size) | {"kernels": ops.__name__, "origins": origins}
     run_dir = RunDir(Path(config.run))
     check_new_or_resumed(run_dir, config.resume, record)
 
     stop = catch_signals()
-    start_processes(rank, world_size)
+    start_processes(rank, world_size, config.timeout_minutes)
     device = deepspeed.get_accelerator().current_device_name()
     checkpoint = newest_whole(run_dir, say=say_on(rank)) if config.resume else None
     start = checkpoint.step if checkpoint else 0
@@ -132,8 +132,11 @@ def train(config):
         raise Stopped(f"stopped at step {saved_step} of {plan.last_step}; go on with --resume")
 
 
-def start_processes(rank, world_size):
-    """Join the process group that the launcher's environment describes; alone, a group of one."""
+def start_processes(rank, world_size, timeout_minutes):
+    """Join the process group that the launcher's environment describes; alone, a group of one.
+
+    timeout_minutes: without a limit of its own a lost process stalls the others for half an hour.
+    """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
@@ -145,7 +148,7 @@ def start_processes(rank, world_size):
         # each process would take all cores, and the processes of a machine would wait for one another
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
-    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
 
 
 def mean_over_processes(loss, stop):

@@ -15,17 +15,20 @@ from pathlib import Path
 
 from curation.shards import new_file
 from model.config import ModelConfig
+from train.config import TrainConfig
 
 CHECKPOINT_PREFIX = "step_"
 
 # What may differ when a run goes on: where it stops, how it is watched, and how the work is laid out over machines.
 MAY_CHANGE = frozenset({
     "run.data", "run.run", "run.stop_after", "run.micro_batch", "run.ds_config", "run.save_every", "run.keep",
-    "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.kernels", "run.recompute",
+    "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.timeout_minutes",
+    "run.preset", "run.kernels", "run.recompute",
     "plan.last_step", "plan.micro_batch", "plan.grad_accum",
 })  # fmt: skip
-# A run that was started before ModelConfig had a field was of that field's default.
+# A run that was started before ModelConfig or TrainConfig had a field was of that field's default.
 LATER_FIELDS = {f"model.{f.name}": f.default for f in fields(ModelConfig) if f.default is not MISSING}
+LATER_FIELDS |= {f"run.{f.name}": f.default for f in fields(TrainConfig) if f.default is not MISSING}
 COMPARED = ("run", "plan", "model", "data.manifest_sha256")  # the rest (versions, argv ...) is there to be read
 
 
