@@ -11,6 +11,9 @@ from typing import Any, get_args
 
 from model.config import ModelConfig, get_preset
 
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd")
+
 
 def option(default=dataclasses.MISSING, *, least=None, help):
     """A field that is a flag. least: the smallest value allowed, checked by make_plan."""
@@ -39,8 +42,13 @@ class TrainConfig:
     micro_batch: int | None = option(None, least=1, help="sequences a GPU works on at a time (default: the size's)")
     lr: float | None = option(None, help="peak learning rate (default: the size's)")
     min_lr: float = option(0.1, help="the last learning rate, as a part of the peak")
+    schedule: str = option("cosine", help="after the warm-up: cosine, down to --min-lr over all steps; or wsd, level and then down to --min-lr in the last --decay-steps")
+    decay_steps: int | None = option(None, least=1, help="with --schedule wsd: steps of the decay at the end (default: a fifth of the steps)")
     warmup_steps: int | None = option(None, least=0, help="steps of linear warm-up (default: 2000, at most a tenth of the steps)")
     weight_decay: float = option(0.1, least=0, help="AdamW's decoupled decay, on the weight matrices of the layers and the head")
+    optimizer: str = option("adamw", help="adamw; or muon: Muon for the matrices of the layers, AdamW for the rest")
+    muon_lr: float | None = option(None, help="with --optimizer muon: peak learning rate of its matrices (default: --lr, since its updates are scaled to AdamW's size)")
+    muon_momentum: float | None = option(None, help="with --optimizer muon: decay rate of its mean of the gradients (default: 0.95)")
     beta1: float = option(0.9, help="AdamW's first decay rate")
     beta2: float = option(0.95, help="AdamW's second decay rate")
     clip: float = option(1.0, least=0, help="largest norm of the whole gradient; 0 switches clipping off")
@@ -49,7 +57,7 @@ class TrainConfig:
     kernels: str = option("auto", help="which operations run: fused (mamba-ssm, causal-conv1d), torch (PyTorch alone), or auto: fused where its packages and a GPU are present")
     recompute: str = option("none", help="layer: keep only each layer's input for the backward pass and run the layer again there (less memory, more work); none: keep everything")
     save_every: int = option(1000, least=0, help="steps between checkpoints; 0 saves only at the end")
-    keep: int = option(5, least=0, help="checkpoints to keep; older ones are deleted; 0 keeps all")
+    keep: int = option(5, least=0, help="checkpoints to keep, and the one of lowest held-out loss beside them; older ones are deleted; 0 keeps all")
     eval_every: int = option(500, least=0, help="steps between measurements of the held-out loss; 0 leaves them out")
     eval_tokens: int = option(1_000_000, least=0, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
     timeout_minutes: float = option(10.0, least=1, help="minutes that a process waits for another before it fails; make it longer than the slowest save")
@@ -149,6 +157,8 @@ class Plan:
     lr: float
     min_lr: float  # as a rate, not as a part
     warmup_steps: int
+    decay_steps: int | None = None  # of the wsd schedule's end; None: cosine
+    muon_lr: float | None = None  # peak; None: AdamW alone
 
 
 def make_plan(config, *, vocab_size, n_tokens, world_size):
@@ -193,8 +203,13 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
         )
     steps = plan_steps(config, batch_tokens, (n_tokens - 1) // model.seq_len / batch_sequences)
     warmup_steps = min(2000, steps // 10) if config.warmup_steps is None else config.warmup_steps
+    decay_steps, muon_lr = _decay_steps(config, steps), _muon_lr(config, lr)
     if warmup_steps >= steps:
         raise ValueError(f"--warmup-steps {warmup_steps} leaves no step of the {steps} to train at the full rate")
+    if decay_steps is not None and warmup_steps + decay_steps > steps:
+        raise ValueError(
+            f"--decay-steps {decay_steps} and --warmup-steps {warmup_steps} are more than the {steps} steps of the run"
+        )
     return Plan(
         model=model,
         steps=steps,
@@ -205,7 +220,39 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
         lr=lr,
         min_lr=lr * config.min_lr,
         warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+        muon_lr=muon_lr,
     )
+
+
+def _one_of(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{flag(name)} {value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+def _muon_lr(config, lr):
+    """Muon's peak rate, or None without Muon. Raises ValueError for flags that do not go together."""
+    _one_of("optimizer", config.optimizer, OPTIMIZERS)
+    for name in ("muon_lr", "muon_momentum"):
+        if config.optimizer != "muon" and getattr(config, name) is not None:
+            raise ValueError(f"{flag(name)} acts with --optimizer muon alone, and the optimizer is {config.optimizer}")
+    if config.muon_lr is not None and config.muon_lr <= 0:
+        raise ValueError(f"--muon-lr {config.muon_lr} is out of range; allowed: more than 0")
+    if config.muon_momentum is not None and not 0 <= config.muon_momentum < 1:
+        raise ValueError(f"--muon-momentum {config.muon_momentum} is out of range; allowed: 0 <= muon-momentum < 1")
+    if config.optimizer == "muon":
+        return lr if config.muon_lr is None else config.muon_lr
+    return None
+
+
+def _decay_steps(config, steps):
+    """Steps of the wsd schedule's decay, or None for cosine. Raises ValueError for flags that do not go together."""
+    _one_of("schedule", config.schedule, SCHEDULES)
+    if config.schedule == "wsd":
+        return max(1, steps // 5) if config.decay_steps is None else config.decay_steps
+    if config.decay_steps is not None:
+        raise ValueError(f"--decay-steps acts with --schedule wsd alone, and the schedule is {config.schedule}")
+    return None
 
 
 def plan_steps(config, batch_tokens, steps_per_epoch):

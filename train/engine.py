@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from model.hybrid import HybridLM
+from train.checkpoint import tell_muon
 from train.optim import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,6 +206,7 @@ def make_engine(plan, config, ds_config, weights=None):
         model.load_state_dict(weights)
     model.to(deepspeed.get_accelerator().current_device_name())
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, config), config=ds_config)
+    tell_muon(engine)
     if engine.zero_optimization_stage() == 0:
         clip_and_keep_norm(engine, config.clip)
     return engine
@@ -220,6 +222,7 @@ def clip_and_keep_norm(engine, clip):
     engine.optimizer.register_step_pre_hook(before_step)
 
 
-def set_learning_rate(engine, lr):
+def set_learning_rate(engine, lr, plan):
+    """Give every group the rate `lr`, and Muon's matrices the same part of plan.muon_lr as lr is of plan.lr."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr / plan.lr * plan.muon_lr if "momentum" in group else lr

@@ -25,7 +25,7 @@ from train.data import training_batches
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
 from train.metrics import Metrics
 from train.mixture import check_epochs, read_mixture
-from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, remove_unfinished, write_json
+from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, note_best, remove_unfinished, write_json
 from train.schedule import learning_rate
 from train.validate import heldout_loss
 
@@ -73,6 +73,7 @@ def train(config, origins=None):
     if rank == 0:
         remove_unfinished(run_dir)
         cut_metrics(run_dir.metrics, start)
+        note_best(run_dir)  # a checkpoint beyond the step that the run goes on from is not the best any more
         write_json(run_dir.config, record)
         metrics = Metrics(run_dir.metrics, start + 1, plan.last_step)
         going = f"goes on from step {start}" if start else "starts"
@@ -88,7 +89,7 @@ def train(config, origins=None):
     saved_step = start
     for step in range(start + 1, plan.last_step + 1):
         began = time.perf_counter()
-        set_learning_rate(engine, learning_rate(step, plan))
+        set_learning_rate(engine, learning_rate(step, plan), plan)
         total_loss = torch.zeros((), device=device)
         for _ in range(plan.grad_accum):
             batch = next(batches)
