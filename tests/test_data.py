@@ -1,5 +1,6 @@
 """Mixtures of sources: exact shares, every token of an epoch once, any position at once; and fast reading of rows."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -8,9 +9,11 @@ from test_train import plan
 
 from curation.shards import open_stream
 from train.bench_data import make_sparse_folder, start_up_alone
+from train.checkpoint import delete_old
 from train.data import n_sequences, read_rows, read_sequences, sequence_indices, training_batches
 from train.mixture import PARTS, check_epochs, mixture_starts, read_mixture, source_sequences
 from train.order import deal, dealt
+from train.run_dir import RunDir, note_best, read_json
 
 WEIGHTS = {
     "two": [500_000, 500_000],
@@ -187,3 +190,47 @@ def test_a_hundred_billion_tokens_open_in_a_second_and_little_memory_at_any_posi
     found = start_up_alone(tmp_path / "sparse", mixture, 10**7)
     assert found["open_s"] < 1
     assert found["peak_mib"] < 100
+
+
+# ---- the best checkpoint
+
+
+def run_with(path, heldout):
+    """A run's folder with an empty checkpoint for each step of `heldout`: {step: held-out loss, or None}."""
+    run_dir = RunDir(path)
+    rows = [{"step": step, "loss": 1.0} | ({"heldout_loss": x} if x else {}) for step, x in heldout.items()]
+    path.mkdir(exist_ok=True)
+    run_dir.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in heldout:
+        run_dir.checkpoint(step).mkdir(parents=True)
+    return run_dir
+
+
+def names(run_dir):
+    return [int(path.name.removeprefix("step_")) for path in run_dir.checkpoints()]
+
+
+def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
+    run_dir = run_with(tmp_path / "run", {10: 3.0, 20: 2.0, 30: None, 40: 2.5, 50: 2.2, 60: float("nan")})
+    delete_old(run_dir, 2)
+    assert names(run_dir) == [20, 50, 60]
+    assert read_json(run_dir.best) == {"checkpoint": "step_0000020", "heldout_loss": 2.0}
+    delete_old(run_dir, 1)
+    assert names(run_dir) == [20, 60]
+
+
+def test_a_better_one_takes_its_place_and_the_earlier_goes(tmp_path):
+    run_dir = run_with(tmp_path / "run", {10: 2.0, 20: 3.0, 30: 1.5, 40: 1.8})
+    delete_old(run_dir, 1)
+    assert names(run_dir) == [30, 40]
+    assert read_json(run_dir.best)["checkpoint"] == "step_0000030"
+
+
+def test_a_best_beyond_the_step_that_a_run_goes_on_from_is_forgotten(tmp_path):
+    run_dir = run_with(tmp_path / "run", {10: 3.0, 20: 2.0})
+    assert note_best(run_dir) == "step_0000020"
+    run_dir.metrics.write_text(json.dumps({"step": 10, "loss": 1.0, "heldout_loss": 3.0}) + "\n")  # as cut_metrics
+    assert note_best(run_dir) == "step_0000010"
+    run_dir.metrics.write_text("")
+    assert note_best(run_dir) is None
+    assert not run_dir.best.exists()
