@@ -89,7 +89,7 @@ if __name__ == "__main__":
     deepspeed.init_distributed(verbose=False)
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     out, earlier = Path(arguments[0]), arguments[1:]
-    for stage in (1, 2, 3):
+    for stage in (0, 1, 2, 3):
         for grad_accum in (1, 4):
             run_case(out / f"stage{stage}_accum{grad_accum}", stage, grad_accum)
     for i, path in enumerate(earlier):

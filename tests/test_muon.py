@@ -106,7 +106,7 @@ def test_update_equals_a_single_process_in_float32(cases, processes):
     torch.manual_seed(CONFIG.seed)
     start = {name: p.detach() for name, p in HybridLM(MODEL, kernels="torch").named_parameters()}
     expected = reference()
-    for stage in (1, 2, 3):
+    for stage in (0, 1, 2, 3):
         for grad_accum in (1, 4):
             before, expected_before = start, start
             for step, (weights, momenta, norm) in enumerate(expected, start=1):
