@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from test_train import config, plan
+from torch import distributed as dist
 
 from model.config import PRESETS
-from train.config import LENGTHS, RUN_PRESETS, SIZE_DEFAULTS, TrainConfig, make_config, make_plan
+from train.config import LENGTHS, RUN_PRESETS, SIZE_DEFAULTS, TrainConfig, flag, make_config, make_plan
 from train.engine import ROOT, complete_ds_config, read_ds_config
+from train.launch import main
 
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 GIVEN = {"data": "data/x", "run": "runs/x"}
@@ -184,3 +187,54 @@ def test_hierarchical_partitions_must_divide_the_processes():
 def test_a_shipped_json_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_ds_config("ds_configs/zero2.json")["zero_optimization"]["stage"] == 2
+
+
+# ---- --explain
+
+
+def explained(output):
+    """{first column: (value, from)} of the tables; the cells are set apart by two blanks or more."""
+    cells = [re.split(r"\s{2,}", line.strip()) for line in output.splitlines()]
+    return {row[0]: tuple(row[1:]) for row in cells if len(row) == 3}
+
+
+def test_explain_shows_each_value_and_its_origin_and_starts_nothing(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = ["--size", "tiny", "--preset", "quick_test", "--lr", "0.5", "--tokens", "20480", "--batch-tokens", "2048"]
+    assert main([*flags, "--data", str(data), "--run", str(run), "--explain", "--world-size", "4"]) == 0
+    rows = explained(capsys.readouterr().out)
+    assert rows["--lr"] == ("0.5", "flag")
+    assert rows["--eval-every"] == ("50", "preset quick_test")
+    assert rows["--micro-batch"] == ("4", "size tiny")
+    assert rows["--seed"] == ("1234", "default")
+    assert rows["--steps"] == ("10", "derived: --tokens")
+    assert rows["gradient accumulation"] == ("2", "derived")
+    assert rows["vocab_size"][0] == "512"
+    assert rows["gradient_clipping"] == ("1.0", "--clip")
+    assert rows["zero_optimization.stage"][0] == "2"
+    assert rows["zero_optimization.stage"][1].endswith("ds_configs/cpu.json")
+    assert rows["managed_gradient_accumulation"] == ("True", "DeepSpeed's default")
+    assert not run.exists()
+    assert not dist.is_initialized()
+    for field in dataclasses.fields(TrainConfig):
+        assert flag(field.name) in rows
+
+
+def test_explain_refuses_what_a_run_would_refuse(data, capsys):
+    flags = ["--size", "tiny", "--data", str(data), "--run", "r"]
+    assert main([*flags, "--explain", "--world-size", "3"]) == 2
+    assert "512 is not a multiple of 768 (3 processes" in capsys.readouterr().err
+    assert main([*flags, "--world-size", "2"]) == 2
+    assert "--world-size 2 is for --explain alone" in capsys.readouterr().err
+    assert main(["--data", str(data), "--run", "r", "--preset", "huge", "--explain"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown preset 'huge'; choose one of quick_test")
+
+
+def test_every_shipped_json_is_explained(data, capsys):
+    for file in FILES:
+        flags = ["--size", "tiny", "--data", str(data), "--run", "r", "--ds-config", str(file), "--explain"]
+        assert main(flags) == 0, file
+        rows = explained(capsys.readouterr().out)
+        stage = json.loads(file.read_text())["zero_optimization"]["stage"]
+        assert rows["zero_optimization.stage"][0] == str(stage)
+        assert rows["communication_data_type"][0] == "torch.float32"

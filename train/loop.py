@@ -23,6 +23,7 @@ from train.checkpoint import delete_old, newest_whole, restore_optimizer, save_c
 from train.config import make_plan
 from train.data import training_batches
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
+from train.explain import explain
 from train.metrics import Metrics
 from train.mixture import check_epochs, read_mixture
 from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, note_best, remove_unfinished, write_json
@@ -34,18 +35,19 @@ class Stopped(Exception):
     """The run was asked to stop and has saved a checkpoint."""
 
 
-def train(config, origins=None):
+def train(config, origins=None, explain_for=None):
     """Train one model. Every process that the launcher starts calls it; see train/launch.py.
 
     origins: where each flag's value came from, for the record (train.config.make_config).
+    explain_for: print what the run would be on this many processes, and do nothing else.
 
     Raises ValueError or FileNotFoundError, before any process waits for another, for inputs that cannot be;
     Stopped after SIGTERM or Ctrl-C; FloatingPointError if the loss is not a number.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), explain_for or int(os.environ.get("WORLD_SIZE", 1))
     ds_settings = read_ds_config(config.ds_config or default_ds_config())
     manifest = read_manifest(config.data)
-    if config.verify_data:  # the ranks share the work
+    if config.verify_data and not explain_for:  # the ranks share the work
         verify_files(config.data, file_names(manifest)[rank::world_size])
     mixture = read_mixture(config.mixture, config.max_epochs)
     stream = open_stream(config.data, "train", mixture and mixture.sources)
@@ -56,6 +58,10 @@ def train(config, origins=None):
         n_samples = plan.steps * plan.batch_sequences
         source_epochs = check_epochs(mixture, stream, plan.model.seq_len, config.seed, n_samples)
     ds_config = complete_ds_config(ds_settings, plan, config, world_size)
+    if explain_for:
+        if rank == 0:
+            explain(config, origins, plan, ds_config, world_size)
+        return
     ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
     record = describe(config, plan, ds_config, world_size) | {"kernels": ops.__name__, "origins": origins}
     run_dir = RunDir(Path(config.run))
