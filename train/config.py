@@ -25,7 +25,7 @@ class TrainConfig:
     """One run. Every field is a flag, and every flag is a field; None means "from the size's defaults" or as it says."""
 
     # fmt: off
-    preset: str | None = option(None, help="a set-up of train.config.RUN_PRESETS: quick_test, small_scale, medium_scale, large_scale, single_gpu, laptop_8gb, lab; every other flag overrides it (default: none)")
+    preset: str | None = option(None, help="a set-up of train.config.RUN_PRESETS: quick_test, small_scale, medium_scale, large_scale, single_gpu, laptop_8gb, lab, muon; every other flag overrides it (default: none)")
     size: str | None = option(None, help="a name in model.config.PRESETS: nano, nano-gated, 1.3B, 2.7B, 6.7B, 13B ... (default: the preset's)")
     layer_pattern: str | None = option(None, help="one letter a layer, M (Mamba-2) or A (attention), of any length, such as AMAMAMAM (default: the size's)")
     seq_len: int | None = option(None, least=1, help="tokens in a sequence (default: the size's)")
@@ -121,6 +121,8 @@ RUN_PRESETS = {
     "laptop_8gb": dict(size="100M", batch_tokens=1 << 16, micro_batch=4, ds_config=ZERO2, recompute="layer", keep=2),
     # layer patterns side by side: the same text once for each --layer-pattern
     "lab": dict(size="lab", seq_len=512, epochs=1.0, batch_tokens=1 << 17, ds_config=ZERO2, eval_every=200),
+    # no attention; Muon for the matrices, AdamW for the rest
+    "muon": dict(size="mamba-130M", epochs=1.0, optimizer="muon", weight_decay=0.1, ds_config=ZERO2),
 }  # fmt: skip
 LENGTHS = ("steps", "tokens", "epochs")
 
