@@ -99,7 +99,10 @@ def test_tokens_and_epochs_are_rounded_down_to_whole_steps():
         ({"epochs": 1.0, "tokens": 1e6}, "--tokens 1000000.0 and --epochs 1.0 are given"),
         ({"tokens": 100.0}, "--tokens 100 is not a step of 512 tokens (--batch-tokens)"),
         ({"epochs": -1.0}, "--epochs -1.0 is not a step"),
-        ({"tokens": float("nan")}, "is not a step"),
+        ({"tokens": float("nan")}, "--tokens nan is not a number to train with"),
+        ({"lr": float("nan")}, "--lr nan is not a number to train with"),
+        ({"lr": float("inf")}, "--lr inf is not"),
+        ({"lr": -1e-3}, "allowed are lr > 0"),
         ({"timeout_minutes": 0.5}, "--timeout-minutes 0.5 is too small; allowed: 1 or more"),
     ],
 )
@@ -115,6 +118,14 @@ def test_every_size_works_with_its_defaults_alone_on_eight_gpus():
     for size in SIZE_DEFAULTS.keys() - {"tiny", "nano", "nano-gated"}:
         made, _ = make_config(GIVEN | {"size": size})
         assert make_plan(made, vocab_size=50_257, n_tokens=10**11, world_size=8).grad_accum >= 1
+
+
+def test_a_size_and_data_are_enough_and_the_run_is_named_after_them():
+    made, origins = make_config({"size": "6.7B", "data": "data/eight"})
+    assert (made.run, made.recompute, origins["recompute"]) == ("runs/6.7B", "layer", "size 6.7B")
+    assert make_config({"size": "6.7B", "data": "d", "recompute": "none"})[0].recompute == "none"
+    assert make_config({"preset": "lab", "data": "d"})[0].run == "runs/lab"
+    assert make_config({"preset": "lab", "size": "1.3B", "data": "d", "run": "r"})[0].run == "r"
 
 
 # ---- DeepSpeed's JSON

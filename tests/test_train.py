@@ -120,7 +120,7 @@ def test_every_field_is_a_flag_with_help_and_default():
     shown = parser.format_help()
     for name in TrainConfig.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in shown
-    assert shown.count("(default") == len(TrainConfig.__dataclass_fields__) - 2  # all but --data and --run
+    assert shown.count("(default") == len(TrainConfig.__dataclass_fields__) - 1  # all but --data
 
 
 def test_real_sizes_have_defaults_that_divide_over_eight_gpus():

@@ -5,6 +5,7 @@ Needs no torch. This file leaves annotations as types (no `from __future__ impor
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args
@@ -33,7 +34,7 @@ class TrainConfig:
     data: str = option(help="a data folder, made by curation.pipeline")
     mixture: str | None = option(None, help="weights by source, such as code=0.5,docs=0.3,web=0.2; other sources are left out (default: every source, in proportion to its tokens)")
     max_epochs: str | None = option(None, help="with --mixture: how often a source may be repeated at most, such as code=4,docs=1.5 (default: as often as its weight takes)")
-    run: str = option(help="the run's folder, for example runs/demo")
+    run: str | None = option(None, help="the run's folder (default: runs/ and the preset's or the size's name)")
     steps: int | None = option(None, least=1, help="optimizer steps; the length of the learning-rate schedule (default: one pass over the data)")
     tokens: float | None = option(None, help="instead of --steps: how many tokens to train on, rounded down to whole steps (default: as --steps says)")
     epochs: float | None = option(None, help="instead of --steps: how many passes over the data, rounded down to whole steps (default: as --steps says)")
@@ -72,6 +73,8 @@ class TrainConfig:
 # GPT-3's rate at a smaller batch, since a run of few tokens needs the steps (the critical batch is small early on,
 # arXiv:1812.06162). Mamba sizes: the batch of 0.5M tokens and five times GPT-3's rate of the Mamba papers' own recipe
 # (arXiv:2312.00752, appendix E.2).
+# With recompute "none", 6.7B and 13B would not train on eight GPUs of 80 GB (BENCHMARKS.md: 58.5 GiB for 6.7B before
+# the optimizer's share).
 # fmt: off
 SIZE_DEFAULTS = {
     "tiny":       dict(batch_tokens=512,     micro_batch=4, lr=3e-3),
@@ -79,8 +82,8 @@ SIZE_DEFAULTS = {
 
     "1.3B":       dict(batch_tokens=1 << 20, micro_batch=4, lr=2e-4),
     "2.7B":       dict(batch_tokens=1 << 20, micro_batch=2, lr=1.6e-4),
-    "6.7B":       dict(batch_tokens=1 << 21, micro_batch=1, lr=1.2e-4),
-    "13B":        dict(batch_tokens=1 << 21, micro_batch=1, lr=1e-4),
+    "6.7B":       dict(batch_tokens=1 << 21, micro_batch=1, lr=1.2e-4, recompute="layer"),
+    "13B":        dict(batch_tokens=1 << 21, micro_batch=1, lr=1e-4, recompute="layer"),
 
     "nano-gated": dict(batch_tokens=2048,    micro_batch=4, lr=6e-3),
     "32M-gated":  dict(batch_tokens=1 << 19, micro_batch=8, lr=6e-4),
@@ -115,8 +118,7 @@ RUN_PRESETS = {
     # eight to sixteen GPUs, 157 billion tokens: half the size's usual batch, so that the corpus is not read three times
     "large_scale": dict(size="6.7B", steps=150_000, batch_tokens=1 << 20, ds_config=ZERO2, recompute="layer"),
     # one GPU, 100 billion tokens in batches of 512k
-    "single_gpu": dict(size="1.3B-gated", tokens=100e9, batch_tokens=1 << 19, warmup_steps=2000, weight_decay=0.1,
-                       beta1=0.9, beta2=0.95, clip=1.0, ds_config=ZERO2, recompute="layer", save_every=1000, keep=5),
+    "single_gpu": dict(size="1.3B-gated", tokens=100e9, batch_tokens=1 << 19, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, ds_config=ZERO2, recompute="layer", save_every=1000, keep=5),
     # a card of 8 GB and one's own text; the batch is reached by accumulation
     "laptop_8gb": dict(size="100M", batch_tokens=1 << 16, micro_batch=4, ds_config=ZERO2, recompute="layer", keep=2),
     # layer patterns side by side: the same text once for each --layer-pattern
@@ -130,8 +132,8 @@ LENGTHS = ("steps", "tokens", "epochs")
 def make_config(given):
     """A TrainConfig of the flags that were given, upon their preset, and where each value came from.
 
-    given: {field: value}, of the flags on the command line alone. Returns (config, {field: "flag", "preset lab" or
-    "default"}). Raises ValueError for an unknown preset, and without a size.
+    given: {field: value}, of the flags on the command line alone. Returns (config, {field: "flag", "preset lab",
+    "size 13B" or "default"}). Raises ValueError for an unknown preset, and without a size.
     """
     preset = given.get("preset")
     if preset is not None and preset not in RUN_PRESETS:
@@ -139,11 +141,14 @@ def make_config(given):
     beneath = dict(RUN_PRESETS[preset]) if preset else {}
     if any(name in given for name in LENGTHS):
         beneath = {name: value for name, value in beneath.items() if name not in LENGTHS}
-    config = TrainConfig(**(beneath | given))
-    if config.size is None:
+    size = given.get("size", beneath.get("size"))
+    if size is None:
         raise ValueError("neither --size nor --preset is given; one of them must be")
+    named = {"run": f"runs/{preset or size}"}
+    by_size = {name: value for name, value in SIZE_DEFAULTS.get(size, {}).items() if name == "recompute"}
     origins = dict.fromkeys((f.name for f in dataclasses.fields(TrainConfig)), "default")
-    return config, origins | dict.fromkeys(beneath, f"preset {preset}") | dict.fromkeys(given, "flag")
+    origins |= dict.fromkeys(by_size, f"size {size}") | dict.fromkeys(beneath, f"preset {preset}")
+    return TrainConfig(**(named | by_size | beneath | given)), origins | dict.fromkeys(given, "flag")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +180,8 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
     model = dataclasses.replace(model, vocab_size=-(-vocab_size // 128) * 128)
     for f in dataclasses.fields(config):
         value, least = getattr(config, f.name), f.metadata["least"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{flag(f.name)} {value} is not a number to train with; give a finite one")
         if least is not None and value is not None and value < least:
             raise ValueError(f"{flag(f.name)} {value} is too small; allowed: {least} or more")
     defaults = SIZE_DEFAULTS[config.size]
@@ -270,7 +277,7 @@ def plan_steps(config, batch_tokens, steps_per_epoch):
     else:
         epochs = 1.0 if config.epochs is None else config.epochs
         wanted, steps = f"--epochs {epochs}", epochs * steps_per_epoch
-    if not 1 <= steps < float("inf"):
+    if steps < 1:
         raise ValueError(
             f"{wanted} is not a step of {batch_tokens:,} tokens (--batch-tokens); allowed: a step or more"
         )
