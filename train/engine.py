@@ -201,7 +201,7 @@ def make_engine(plan, config, ds_config, weights=None):
     weights: {parameter name: float32 tensor} to start from, or None for random ones from config.seed.
     """
     torch.manual_seed(config.seed)
-    model = HybridLM(plan.model, kernels=config.kernels, recompute=config.recompute)
+    model = HybridLM(plan.model, kernels=config.kernels, recompute=config.recompute, z_loss=config.z_loss)
     if weights is not None:
         model.load_state_dict(weights)
     model.to(deepspeed.get_accelerator().current_device_name())
