@@ -220,13 +220,18 @@ class TokenStream:
 
     def document_ids(self, rows: np.ndarray) -> np.ndarray:
         """Which document each token of rows (rows, n) belongs to: int64, counted from 0 in each row as `read` does."""
-        begins = rows == self.separator_id
-        begins[:, 0] = True  # each row counts for itself
-        places = np.flatnonzero(begins)  # few, so that repeating is four times as fast as a sum over all tokens
-        first = np.searchsorted(places, np.arange(len(rows)) * rows.shape[1])  # of each row, among `places`
-        of_place = np.arange(len(places))
-        of_place -= np.repeat(first, np.diff(first, append=len(places)))
-        return np.repeat(of_place, np.diff(places, append=rows.size)).reshape(rows.shape)
+        return document_ids(rows, self.separator_id)
+
+
+def document_ids(rows: np.ndarray, separator_id: int) -> np.ndarray:
+    """The document of each token of rows (rows, n) as int64: 0, 1, 2... in each row, one more at each separator."""
+    begins = rows == separator_id
+    begins[:, 0] = True  # each row counts for itself
+    places = np.flatnonzero(begins)  # few, so that repeating is faster than a sum over all tokens
+    first = np.searchsorted(places, np.arange(len(rows)) * rows.shape[1])  # of each row, among `places`
+    of_place = np.arange(len(places))
+    of_place -= np.repeat(first, np.diff(first, append=len(places)))
+    return np.repeat(of_place, np.diff(places, append=rows.size)).reshape(rows.shape)
 
 
 def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = None) -> TokenStream:
