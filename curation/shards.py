@@ -180,6 +180,7 @@ class TokenStream:
     sources: tuple[str, ...]
     shards: tuple[np.ndarray, ...]  # memory-mapped, 1-D
     edges: np.ndarray  # (number of shards + 1,): where each shard begins in the stream, and the end of the last
+    source_edges: np.ndarray  # (number of sources + 1,): the same for the sources
     separator_id: int
     n_documents: int
     text_bytes: int  # UTF-8 bytes of the documents' text, for bits per byte
@@ -194,26 +195,50 @@ class TokenStream:
         Both are int64 (n,). The ids count 0, 1, 2... within this slice, one more at each separator; a document that
         began before `start` has id 0. Raises ValueError when the slice does not lie inside the stream.
         """
-        if start < 0 or n < 1 or start + n > self.n_tokens:
-            asked = f"tokens {start:,} to {start + n:,} of {self.folder}/{self.split}"
+        rows = self.read_rows([start], n)
+        return rows[0].astype(np.int64), self.document_ids(rows)[0]
+
+    def read_rows(self, starts: Sequence[int] | np.ndarray, n: int) -> np.ndarray:
+        """Tokens `start` to `start + n` for each of `starts`, as an array (rows, n) of the shards' dtype."""
+        starts = np.asarray(starts, np.int64)
+        if n < 1 or starts.size and not 0 <= starts.min() <= starts.max() <= self.n_tokens - n:
+            bad = next(int(start) for start in starts if n < 1 or not 0 <= start <= self.n_tokens - n)
+            asked = f"tokens {bad:,} to {bad + n:,} of {self.folder}/{self.split}"
             raise ValueError(f"{asked} were asked for; it has {self.n_tokens:,}")
-        tokens = np.empty(n, np.int64)
-        filled = 0
-        shard = int(np.searchsorted(self.edges, start, side="right")) - 1
-        while filled < n:
-            offset = start + filled - int(self.edges[shard])
-            piece = self.shards[shard][offset : offset + n - filled]
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            shard += 1
-        document_ids = np.cumsum(tokens == self.separator_id, dtype=np.int64)
-        return tokens, document_ids - document_ids[0]
+        tokens = np.empty((len(starts), n), self.shards[0].dtype)
+        first = np.searchsorted(self.edges, starts, side="right") - 1
+        for row, shard, offset in zip(tokens, first.tolist(), (starts - self.edges[first]).tolist(), strict=True):
+            piece = self.shards[shard][offset : offset + n]
+            row[: len(piece)] = piece
+            filled = len(piece)
+            while filled < n:  # the rest lies in the next shards
+                shard += 1
+                piece = self.shards[shard][: n - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        return tokens
+
+    def document_ids(self, rows: np.ndarray) -> np.ndarray:
+        """Which document each token of rows (rows, n) belongs to: int64, counted from 0 in each row as `read` does."""
+        return document_ids(rows, self.separator_id)
+
+
+def document_ids(rows: np.ndarray, separator_id: int) -> np.ndarray:
+    """The document of each token of rows (rows, n) as int64: 0, 1, 2... in each row, one more at each separator."""
+    begins = rows == separator_id
+    begins[:, 0] = True  # each row counts for itself
+    places = np.flatnonzero(begins)  # few, so that repeating is faster than a sum over all tokens
+    first = np.searchsorted(places, np.arange(len(rows)) * rows.shape[1])  # of each row, among `places`
+    of_place = np.arange(len(places))
+    of_place -= np.repeat(first, np.diff(first, append=len(places)))
+    return np.repeat(of_place, np.diff(places, append=rows.size)).reshape(rows.shape)
 
 
 def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = None) -> TokenStream:
     """Open one split of a finished data folder; sources: only these of its sources, default all.
 
-    Sizes, dtypes and lengths are compared with the manifest, contents are not (that is `verify`).
+    Sizes, dtypes and lengths are compared with the manifest; contents are not (that is `verify`), and the starts are
+    not opened: with a hundred billion tokens they would be half of the start-up, and nothing reads them here.
     Raises FileNotFoundError or ValueError with one line that names the file.
     """
     folder = Path(folder)
@@ -228,19 +253,15 @@ def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = 
     shards: list[np.ndarray] = []
     for source in chosen:
         entry = available[source]
-        n_tokens = n_documents = 0
+        n_tokens = 0
         for shard in entry["shards"]:
             tokens = open_array(folder, manifest, shard["tokens"], manifest["token_dtype"])
-            starts = open_array(folder, manifest, shard["starts"], "uint64")
-            if starts[0] != 0 or starts[-1] >= len(tokens):
-                raise ValueError(f"{folder / shard['starts']} points outside its shard; make the folder again")
-            shards.append(tokens)
+            shards.append(tokens.view(np.ndarray))  # still mapped; slicing a np.memmap takes ten times as long
             n_tokens += len(tokens)
-            n_documents += len(starts)
-        if (n_tokens, n_documents) != (entry["tokens"], entry["documents"]):
+        if n_tokens != entry["tokens"]:
             raise ValueError(
-                f"{folder}/{split}/{source} has {n_tokens:,} tokens in {n_documents:,} documents, "
-                f"the manifest says {entry['tokens']:,} in {entry['documents']:,}; make the folder again"
+                f"{folder}/{split}/{source} has {n_tokens:,} tokens, the manifest says {entry['tokens']:,}; "
+                "make the folder again"
             )
     if not shards:
         raise ValueError(f"{folder}/{split} has no tokens; make the folder again with more text")
@@ -250,10 +271,28 @@ def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = 
         sources=chosen,
         shards=tuple(shards),
         edges=np.cumsum([0, *map(len, shards)]),
+        source_edges=np.cumsum([0, *(available[source]["tokens"] for source in chosen)]),
         separator_id=manifest["tokenizer"]["separator_id"],
         n_documents=sum(available[source]["documents"] for source in chosen),
         text_bytes=sum(available[source]["text_bytes"] for source in chosen),
     )
+
+
+def check_starts(folder: Path, manifest: dict[str, Any], split: str) -> None:
+    """Raise ValueError unless the starts of a split point into their shards and are as many as its documents."""
+    for source, entry in manifest["splits"][split]["sources"].items():
+        n_documents = 0
+        for shard in entry["shards"]:
+            tokens = open_array(folder, manifest, shard["tokens"], manifest["token_dtype"])
+            starts = open_array(folder, manifest, shard["starts"], "uint64")
+            if starts[0] != 0 or starts[-1] >= len(tokens):
+                raise ValueError(f"{folder / shard['starts']} points outside its shard; make the folder again")
+            n_documents += len(starts)
+        if n_documents != entry["documents"]:
+            raise ValueError(
+                f"{folder}/{split}/{source} has {n_documents:,} documents, the manifest says {entry['documents']:,}; "
+                "make the folder again"
+            )
 
 
 def open_array(folder: Path, manifest: dict[str, Any], name: str, dtype: str) -> np.ndarray:
@@ -290,6 +329,8 @@ def verify(folder: Path) -> None:
     if damaged:
         summary = f"{len(damaged)} of {len(names)} files are damaged"
         raise ValueError(f"{summary}: {'; '.join(damaged)}; make the folder again")
+    for split in SPLITS:
+        check_starts(folder, manifest, split)
     streams = [open_stream(folder, split) for split in SPLITS]
     held = ", ".join(f"{s.split} {s.n_tokens:,} tokens in {s.n_documents:,} documents" for s in streams)
     print(f"{folder} is whole: {len(names)} files, {held}")

@@ -284,11 +284,13 @@ def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
 
 
 @torch.compiler.disable
-def cross_entropy(hidden, weight, targets):
+def cross_entropy(hidden, weight, targets, z_loss=0.0):
     """See model/reference.py. The logits exist for CHUNK_TOKENS tokens at a time and in hidden's dtype alone.
 
-    Their gradient is written over them and multiplied out at once, in the forward pass.
+    Their gradient is written over them and multiplied out at once, in the forward pass. ValueError for a z_loss.
     """
+    if z_loss:
+        raise ValueError(f"--z-loss {z_loss} is not in the fused kernels; take it out, or run with --kernels torch")
     return CrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 

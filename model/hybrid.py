@@ -43,14 +43,15 @@ class HybridLM(nn.Module):
 
     kernels: "torch", "fused" or "auto" (model/ops.py); on a machine with a GPU, a network that is to run on its CPU
     needs "torch". recompute: "none", or "layer" to keep only each layer's input for the backward pass and run the
-    layer again there: about a third more work, a fraction of the memory.
+    layer again there: about a third more work, a fraction of the memory. z_loss: weight of the term that keeps the
+    softmax's denominator near 1, in training alone (reference.cross_entropy).
     """
 
-    def __init__(self, config, kernels="auto", recompute="none"):
+    def __init__(self, config, kernels="auto", recompute="none", z_loss=0.0):
         super().__init__()
         if recompute not in RECOMPUTE:
             raise ValueError(f"--recompute {recompute!r} is unknown; choose one of {', '.join(RECOMPUTE)}")
-        self.config, self.recompute, self.ops = config, recompute, load_ops(kernels)
+        self.config, self.recompute, self.z_loss, self.ops = config, recompute, z_loss, load_ops(kernels)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_norm = RMSNorm(config.d_model, config.norm_eps, self.ops) if config.embedding_norm else None
         self.layers = nn.ModuleList(Layer(config, kind, self.ops) for kind in config.layer_pattern)
@@ -114,7 +115,8 @@ class HybridLM(nn.Module):
         hidden = self.hidden(tokens, document_ids)
         if targets is None:
             return self.logits(hidden)
-        return self.ops.cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        z_loss = self.z_loss if self.training else 0.0
+        return self.ops.cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten(), z_loss)
 
     def new_state(self):
         """The decoding state before the first token: a dict a layer, filled by step; every tensor has b first."""

@@ -166,9 +166,16 @@ def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
     return rearrange(y, "b h l p -> b l h p").to(dtype)
 
 
-def cross_entropy(hidden, weight, targets):
+def cross_entropy(hidden, weight, targets, z_loss=0.0):
     """Mean loss in nats, over the targets that are not -100, of the logits hidden @ weight^T.
 
-    hidden (t, d); weight (vocab, d); targets (t,). The softmax is in float32.
+    hidden (t, d); weight (vocab, d); targets (t,). The softmax is in float32. z_loss: its product with the mean
+    square of log Z is added, Z being the softmax's denominator, to keep log Z near 0 (PaLM, arXiv:2204.02311,
+    section 5).
     """
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=IGNORED_TARGET)
+    logits = F.linear(hidden, weight).float()
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET)
+    if z_loss:
+        counts = targets != IGNORED_TARGET
+        loss = loss + z_loss * (logits.logsumexp(dim=-1).square() * counts).sum() / counts.sum()
+    return loss

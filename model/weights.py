@@ -24,7 +24,7 @@ FORMAT = 1
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer.model"
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}  # what a step of each leaves behind
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,14 @@ class Checkpoint:
     @property
     def has_moments(self):
         """Whether training can go on from it exactly; imported weights have none."""
-        return all(f"{kind}/{name}" in self.stored_pieces for kind in MOMENTS for name in self.shapes)
+        return all(self.moments(name) for name in self.shapes)
+
+    def moments(self, name):
+        """The kinds of moments that are stored of a parameter: one of MOMENTS' tuples, or () of imported weights."""
+        for kinds in MOMENTS.values():
+            if all(f"{kind}/{name}" in self.stored_pieces for kind in kinds):
+                return kinds
+        return ()
 
     @cached_property
     def sha256(self):
@@ -80,14 +87,14 @@ class Checkpoint:
         return found
 
     def tensor(self, name, kind=WEIGHT):
-        """One parameter in float32, or one of its MOMENTS."""
+        """One parameter in float32, or one of its `moments`."""
         whole = torch.empty(self.shapes[name])
         copy_stretch(whole.view(-1), self.stored_pieces[f"{kind}/{name}"], 0)
         return whole
 
     def tensors(self, kind=WEIGHT):
-        """{parameter name: float32 tensor} of the weights, or of one of MOMENTS."""
-        return {name: self.tensor(name, kind) for name in self.shapes}
+        """{parameter name: float32 tensor} of the weights, or of one kind of moments, where a parameter has it."""
+        return {name: self.tensor(name, kind) for name in self.shapes if kind == WEIGHT or kind in self.moments(name)}
 
     def load_model(self, device="cpu", kernels="auto"):
         """The model with these weights in float32, ready for inference."""

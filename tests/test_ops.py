@@ -123,6 +123,23 @@ def test_cross_entropy_is_torchs_with_its_gradients():
     )
 
 
+def test_z_loss_adds_the_mean_square_of_log_z_over_the_targets_that_count():
+    hidden, weight = torch.randn(20, 8), torch.randn(30, 8)
+    targets = torch.randint(0, 30, (20,))
+    targets[::3] = reference.IGNORED_TARGET
+    log_z = (hidden[targets >= 0] @ weight.T).exp().sum(-1).log()
+    expected = reference.cross_entropy(hidden, weight, targets) + 0.01 * (log_z**2).mean()
+    torch.testing.assert_close(reference.cross_entropy(hidden, weight, targets, z_loss=0.01), expected)
+
+
+def test_z_loss_is_part_of_the_training_loss_and_of_no_other():
+    tokens = torch.randint(0, 512, (2, 40))
+    plain, other = (HybridLM(PRESETS["tiny"], z_loss=z_loss) for z_loss in (0.0, 0.01))
+    other.load_state_dict(plain.state_dict())
+    assert other(tokens, targets=tokens) > plain(tokens, targets=tokens) + 0.1
+    assert torch.equal(other.eval()(tokens, targets=tokens), plain.eval()(tokens, targets=tokens))
+
+
 def test_recomputing_layers_changes_no_bit():
     tokens = torch.randint(0, 512, (2, 40))
     ids = (torch.arange(40) // 15).expand(2, -1)

@@ -12,7 +12,7 @@ import pytest
 from launching import ROOT, free_port
 
 from model.config import PRESETS
-from train.config import TrainConfig, add_flags
+from train.config import TrainConfig, add_flags, make_config
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -78,9 +78,9 @@ def check_flags(command):
     script = words.index("train/launch.py")
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_flags(parser, TrainConfig)
-    flags = parser.parse_args(words[script + 1 :])
-    assert flags.size in PRESETS
-    assert flags.ds_config is None or (ROOT / flags.ds_config).is_file()
+    config, _ = make_config(vars(parser.parse_args(words[script + 1 :])))
+    assert config.size in PRESETS
+    assert config.ds_config is None or (ROOT / config.ds_config).is_file()
 
 
 def test_every_make_target_named_in_the_readme_exists_and_is_listed():

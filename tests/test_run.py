@@ -80,6 +80,14 @@ def test_run_goes_on_with_another_number_of_processes_and_another_zero_stage(dat
         assert abs(row["grad_norm"] - expected["grad_norm"]) < 1e-5
 
 
+def test_run_goes_on_in_stage_0_and_from_there(data, whole, half, tmp_path):
+    run = shutil.copytree(half, tmp_path / "run")
+    train(data, run, "--resume", "--ds-config", "ds_configs/zero0.json", "--stop-after", 9)
+    for row, expected in zip(train(data, run, "--resume", processes=1), whole[1], strict=True):
+        assert abs(row["loss"] - expected["loss"]) < 1e-5
+        assert abs(row["grad_norm"] - expected["grad_norm"]) < 1e-5
+
+
 def stage_config(folder, stage):
     settings = json.loads((ROOT / "ds_configs/cpu.json").read_text())
     settings["zero_optimization"]["stage"] = stage

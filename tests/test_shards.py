@@ -181,13 +181,25 @@ def test_shard_of_another_type_or_length_is_refused_by_name_when_opened(folder):
     for array, message in [
         (np.zeros(5, np.uint32), "holds uint32"),
         (np.zeros((5, 1), np.uint16), r"shape \(5, 1\)"),
-        (np.zeros(9, np.uint16), "beta has 9 tokens in 1 documents, the manifest says 5 in 1"),
+        (np.zeros(9, np.uint16), "beta has 9 tokens, the manifest says 5;"),
     ]:
         np.save(path, array)
         manifest["files"]["train/beta-00000.npy"]["bytes"] = path.stat().st_size
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(ValueError, match=message):
             open_stream(folder, "train")
+
+
+def test_starts_that_do_not_fit_their_shard_are_refused_by_verify(folder, capsys):
+    path = folder / "train/beta-00000.starts.npy"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for starts, message in [([0, 5], "beta-00000.starts.npy points outside its shard"), ([0, 3], "has 2 documents")]:
+        np.save(path, np.array(starts, np.uint64))
+        entry = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        manifest["files"]["train/beta-00000.starts.npy"] = entry
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert main(["verify", str(folder)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_missing_unfinished_and_foreign_folders_are_told_apart(tmp_path, folder, capsys):

@@ -1,7 +1,7 @@
 """Checkpoints: every parameter and its optimizer state by name, written by all ranks at once, whole or not at all.
 
     checkpoints/step_0000400/
-        rank00000.safetensors     the pieces of weights and AdamW moments that rank 0 owns, float32, flat
+        rank00000.safetensors     the pieces of weights and the optimizer's moments that rank 0 owns, float32, flat
         rank00001.safetensors
         tokenizer.model
         checkpoint.json           written last: step, shapes, the run's configuration, sha256 of the files above
@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 
 from curation.shards import file_sha256, sync_folder
 from model.weights import FORMAT, MANIFEST, MOMENTS, TOKENIZER, WEIGHT, copy_stretch, load_checkpoint
-from train.run_dir import remove_folder, write_json
+from train.optim import Muon, is_muon
+from train.run_dir import note_best, remove_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class Piece:
     numel: int
     flat: torch.Tensor  # the optimizer's own parameter, in which this piece lies
     offset: int  # where in `flat`
+    shape: torch.Size  # of the whole parameter
 
     def weight(self):
         return self.flat.detach().view(-1)[self.offset : self.offset + self.numel]
 
     def moment(self, optimizer, kind):
-        """This piece of one of AdamW's moments, as a view; all zeros before the first step."""
+        """This piece of one of the optimizer's moments, as a view; all zeros before the first step."""
         state = optimizer.state[self.flat]
         if kind not in state:
             state[kind] = torch.zeros_like(self.flat)
@@ -50,29 +52,47 @@ class Piece:
 
 
 def torch_optimizer(engine):
-    """The torch optimizer inside DeepSpeed's."""
-    return engine.optimizer.optimizer
+    """The torch optimizer inside DeepSpeed's; in stage 0 there is no other."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
 def owned_pieces(engine):
-    """The pieces that this rank owns, in ZeRO stages 1 to 3; together the ranks own each element once.
+    """The pieces that this rank owns. In ZeRO stages 1 to 3 the ranks together own each element once; in stage 0 each
+    rank owns everything.
 
     Reads DeepSpeed 0.19's maps from parameters to flat shards: `_hp_mapping` (stages 1 and 2), `grad_position` (3).
     """
     stage, optimizer, pieces = engine.zero_optimization_stage(), engine.optimizer, []
     for name, parameter in engine.module.named_parameters():
-        if stage == 3:
+        if stage == 0:
+            pieces.append(Piece(name, 0, parameter.numel(), parameter, 0, parameter.shape))
+        elif stage == 3:
             group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = padded * dist.get_rank()
             numel = min(padded, parameter.ds_numel - start)  # the last shards are padded
             if numel > 0:
-                pieces.append(Piece(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset))
+                flat = optimizer.fp32_partitioned_groups_flat[group]
+                pieces.append(Piece(name, start, numel, flat, offset, parameter.ds_shape))
         elif parameter._hp_mapping is not None:
             mapping = parameter._hp_mapping
             flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
-            pieces.append(Piece(name, lp.start, lp.numel, flat, hp.start))
+            pieces.append(Piece(name, lp.start, lp.numel, flat, hp.start, parameter.shape))
     return pieces
+
+
+def moments(optimizer, piece):
+    """The kinds of moments that the optimizer keeps of a piece."""
+    return MOMENTS["muon" if isinstance(optimizer, Muon) and is_muon(piece.name, piece.shape) else "adamw"]
+
+
+def tell_muon(engine):
+    """Tell the optimizer, if it is Muon, which matrices its flat parameters hold. All ranks call it, once."""
+    optimizer, stage = torch_optimizer(engine), engine.zero_optimization_stage()
+    if isinstance(optimizer, Muon) and stage:
+        zero = engine.optimizer
+        flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+        optimizer.shard(flats, owned_pieces(engine), engine.device)
 
 
 def save_checkpoint(engine, folder, *, step, tokens, run, tokenizer):
@@ -116,8 +136,9 @@ def save_checkpoint(engine, folder, *, step, tokens, run, tokenizer):
 def _write_rank_file(engine, path):
     """Write this rank's pieces; returns (file name, its entry in the manifest)."""
     optimizer, tensors, starts = torch_optimizer(engine), {}, {}
-    for piece in owned_pieces(engine):
-        for kind in (WEIGHT, *MOMENTS):
+    copies = engine.zero_optimization_stage() == 0 and dist.get_rank() != 0  # of what rank 0 writes
+    for piece in [] if copies else owned_pieces(engine):
+        for kind in (WEIGHT, *moments(optimizer, piece)):
             tensor = piece.weight() if kind == WEIGHT else piece.moment(optimizer, kind)
             tensors[f"{kind}/{piece.name}"] = tensor.float().cpu().contiguous()
             starts[f"{kind}/{piece.name}"] = piece.start
@@ -139,9 +160,10 @@ def restore_optimizer(engine, checkpoint):
         )
     optimizer, stored = torch_optimizer(engine), checkpoint.stored_pieces
     for piece in owned_pieces(engine):
-        state = optimizer.state[piece.flat]
-        state["step"] = torch.tensor(float(checkpoint.step), device=piece.flat.device if piece.flat.is_cuda else "cpu")
-        for kind in (WEIGHT, *MOMENTS):
+        if moments(optimizer, piece) == MOMENTS["adamw"]:
+            step = torch.tensor(float(checkpoint.step), device=piece.flat.device if piece.flat.is_cuda else "cpu")
+            optimizer.state[piece.flat]["step"] = step
+        for kind in (WEIGHT, *moments(optimizer, piece)):
             target = piece.weight() if kind == WEIGHT else piece.moment(optimizer, kind)
             copy_stretch(target, stored[f"{kind}/{piece.name}"], piece.start)
 
@@ -157,7 +179,9 @@ def newest_whole(run_dir, say):
 
 
 def delete_old(run_dir, keep):
-    """Delete all but the newest `keep` checkpoints; 0 keeps all. Rank 0 alone calls it."""
+    """Note the best checkpoint, and delete all but it and the newest `keep`; 0 keeps all. Rank 0 alone calls it."""
+    best = note_best(run_dir)
     if keep:
         for path in run_dir.checkpoints()[:-keep]:
-            remove_folder(path)
+            if path.name != best:
+                remove_folder(path)

@@ -5,11 +5,15 @@ Needs no torch. This file leaves annotations as types (no `from __future__ impor
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args
 
 from model.config import ModelConfig, get_preset
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd")
 
 
 def option(default=dataclasses.MISSING, *, least=None, help):
@@ -22,31 +26,44 @@ class TrainConfig:
     """One run. Every field is a flag, and every flag is a field; None means "from the size's defaults" or as it says."""
 
     # fmt: off
-    size: str = option(help="a name in model.config.PRESETS: nano, nano-gated, 1.3B, 2.7B, 6.7B, 13B ...")
+    preset: str | None = option(None, help="a set-up of train.config.RUN_PRESETS: quick_test, small_scale, medium_scale, large_scale, single_gpu, laptop_8gb, lab, muon; every other flag overrides it (default: none)")
+    size: str | None = option(None, help="a name in model.config.PRESETS: nano, nano-gated, 1.3B, 2.7B, 6.7B, 13B ... (default: the preset's)")
     layer_pattern: str | None = option(None, help="one letter a layer, M (Mamba-2) or A (attention), of any length, such as AMAMAMAM (default: the size's)")
     seq_len: int | None = option(None, least=1, help="tokens in a sequence (default: the size's)")
     rope_scaling: str | None = option(None, help="linear, ntk or yarn: stretch the rotary positions by --seq-len / the size's own (default: as the size is)")
-    data: str = option(help="a data folder, made by curation.pipeline")
-    run: str = option(help="the run's folder, for example runs/demo")
+    data: str = option(help="a data folder, made by curation.pipeline; or stream:RECIPE.json, to read Hugging Face datasets as they stream (train/stream.py)")
+    tokenizer: str | None = option(None, help="with --data stream:...: a tokenizer.model, or the folder that holds it (default: the data folder's own)")
+    mixture: str | None = option(None, help="weights by source, such as code=0.5,docs=0.3,web=0.2; other sources are left out (default: every source, in proportion to its tokens)")
+    max_epochs: str | None = option(None, help="with --mixture: how often a source may be repeated at most, such as code=4,docs=1.5 (default: as often as its weight takes)")
+    run: str | None = option(None, help="the run's folder (default: runs/ and the preset's or the size's name)")
     steps: int | None = option(None, least=1, help="optimizer steps; the length of the learning-rate schedule (default: one pass over the data)")
+    tokens: float | None = option(None, help="instead of --steps: how many tokens to train on, rounded down to whole steps (default: as --steps says)")
+    epochs: float | None = option(None, help="instead of --steps: how many passes over the data, rounded down to whole steps (default: as --steps says)")
     stop_after: int | None = option(None, least=1, help="save and stop after this step, short of the schedule's end (default: go to the end)")
     batch_tokens: int | None = option(None, least=1, help="tokens in one optimizer step, over all GPUs (default: the size's)")
     micro_batch: int | None = option(None, least=1, help="sequences a GPU works on at a time (default: the size's)")
     lr: float | None = option(None, help="peak learning rate (default: the size's)")
     min_lr: float = option(0.1, help="the last learning rate, as a part of the peak")
+    schedule: str = option("cosine", help="after the warm-up: cosine, down to --min-lr over all steps; or wsd, level and then down to --min-lr in the last --decay-steps")
+    decay_steps: int | None = option(None, least=1, help="with --schedule wsd: steps of the decay at the end (default: a fifth of the steps)")
     warmup_steps: int | None = option(None, least=0, help="steps of linear warm-up (default: 2000, at most a tenth of the steps)")
     weight_decay: float = option(0.1, least=0, help="AdamW's decoupled decay, on the weight matrices of the layers and the head")
+    optimizer: str = option("adamw", help="adamw; or muon: Muon for the matrices of the layers, AdamW for the rest")
+    muon_lr: float | None = option(None, help="with --optimizer muon: peak learning rate of its matrices (default: --lr, since its updates are scaled to AdamW's size)")
+    muon_momentum: float | None = option(None, help="with --optimizer muon: decay rate of its mean of the gradients (default: 0.95)")
     beta1: float = option(0.9, help="AdamW's first decay rate")
     beta2: float = option(0.95, help="AdamW's second decay rate")
+    z_loss: float = option(0.0, least=0, help="weight of the square of log Z, the softmax's denominator, in the training loss, which then includes it; 1e-4 is PaLM's; 0 leaves it out; not with the fused kernels")
     clip: float = option(1.0, least=0, help="largest norm of the whole gradient; 0 switches clipping off")
     seed: int = option(1234, least=0, help="of the first weights and of the order of the data")
     ds_config: str | None = option(None, help="a DeepSpeed JSON (default: ds_configs/zero2.json, or cpu.json where there is no GPU)")
     kernels: str = option("auto", help="which operations run: fused (mamba-ssm, causal-conv1d), torch (PyTorch alone), or auto: fused where its packages and a GPU are present")
     recompute: str = option("none", help="layer: keep only each layer's input for the backward pass and run the layer again there (less memory, more work); none: keep everything")
     save_every: int = option(1000, least=0, help="steps between checkpoints; 0 saves only at the end")
-    keep: int = option(5, least=0, help="checkpoints to keep; older ones are deleted; 0 keeps all")
+    keep: int = option(5, least=0, help="checkpoints to keep, and the one of lowest held-out loss beside them; older ones are deleted; 0 keeps all")
     eval_every: int = option(500, least=0, help="steps between measurements of the held-out loss; 0 leaves them out")
     eval_tokens: int = option(1_000_000, least=0, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
+    timeout_minutes: float = option(10.0, least=1, help="minutes that a process waits for another before it fails; make it longer than the slowest save")
     resume: bool = option(False, help="go on from the run's newest whole checkpoint")
     verify_data: bool = option(True, help="compare the sha256 of every shard with the manifest before training")
     # fmt: on
@@ -58,6 +75,8 @@ class TrainConfig:
 # GPT-3's rate at a smaller batch, since a run of few tokens needs the steps (the critical batch is small early on,
 # arXiv:1812.06162). Mamba sizes: the batch of 0.5M tokens and five times GPT-3's rate of the Mamba papers' own recipe
 # (arXiv:2312.00752, appendix E.2).
+# With recompute "none", 6.7B and 13B would not train on eight GPUs of 80 GB (BENCHMARKS.md: 58.5 GiB for 6.7B before
+# the optimizer's share).
 # fmt: off
 SIZE_DEFAULTS = {
     "tiny":       dict(batch_tokens=512,     micro_batch=4, lr=3e-3),
@@ -65,8 +84,8 @@ SIZE_DEFAULTS = {
 
     "1.3B":       dict(batch_tokens=1 << 20, micro_batch=4, lr=2e-4),
     "2.7B":       dict(batch_tokens=1 << 20, micro_batch=2, lr=1.6e-4),
-    "6.7B":       dict(batch_tokens=1 << 21, micro_batch=1, lr=1.2e-4),
-    "13B":        dict(batch_tokens=1 << 21, micro_batch=1, lr=1e-4),
+    "6.7B":       dict(batch_tokens=1 << 21, micro_batch=1, lr=1.2e-4, recompute="layer"),
+    "13B":        dict(batch_tokens=1 << 21, micro_batch=1, lr=1e-4, recompute="layer"),
 
     "nano-gated": dict(batch_tokens=2048,    micro_batch=4, lr=6e-3),
     "32M-gated":  dict(batch_tokens=1 << 19, micro_batch=8, lr=6e-4),
@@ -88,6 +107,52 @@ SIZE_DEFAULTS = {
 # fmt: on
 
 
+# The set-ups of `--preset`: flags and nothing else. Rates, batches and micro-batches that are not here are the size's.
+# Without a length the run is one pass over the data. bf16 is zero2.json's; quick_test takes what the machine has.
+ZERO2 = "ds_configs/zero2.json"
+RUN_PRESETS = {
+    # a hundred steps on a small text: does everything work?
+    "quick_test": dict(size="nano", steps=100, eval_every=50, eval_tokens=50_000, save_every=50, keep=2),
+    # four GPUs, 10 billion tokens
+    "small_scale": dict(size="1.3B", steps=10_000, batch_tokens=1 << 20, ds_config=ZERO2, recompute="layer"),
+    # eight GPUs, 105 billion tokens: about one pass over the corpus of eight sources
+    "medium_scale": dict(size="2.7B", steps=100_000, batch_tokens=1 << 20, ds_config=ZERO2, recompute="layer"),
+    # eight to sixteen GPUs, 157 billion tokens: half the size's usual batch, so that the corpus is not read three times
+    "large_scale": dict(size="6.7B", steps=150_000, batch_tokens=1 << 20, ds_config=ZERO2, recompute="layer"),
+    # one GPU, 100 billion tokens in batches of 512k
+    "single_gpu": dict(size="1.3B-gated", tokens=100e9, batch_tokens=1 << 19, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, ds_config=ZERO2, recompute="layer", save_every=1000, keep=5),
+    # a card of 8 GB and one's own text; the batch is reached by accumulation
+    "laptop_8gb": dict(size="100M", batch_tokens=1 << 16, micro_batch=4, ds_config=ZERO2, recompute="layer", keep=2),
+    # layer patterns side by side: the same text once for each --layer-pattern
+    "lab": dict(size="lab", seq_len=512, epochs=1.0, batch_tokens=1 << 17, ds_config=ZERO2, eval_every=200),
+    # no attention; Muon for the matrices, AdamW for the rest
+    "muon": dict(size="mamba-130M", epochs=1.0, optimizer="muon", weight_decay=0.1, ds_config=ZERO2),
+}  # fmt: skip
+LENGTHS = ("steps", "tokens", "epochs")
+
+
+def make_config(given):
+    """A TrainConfig of the flags that were given, upon their preset, and where each value came from.
+
+    given: {field: value}, of the flags on the command line alone. Returns (config, {field: "flag", "preset lab",
+    "size 13B" or "default"}). Raises ValueError for an unknown preset, and without a size.
+    """
+    preset = given.get("preset")
+    if preset is not None and preset not in RUN_PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(RUN_PRESETS)}")
+    beneath = dict(RUN_PRESETS[preset]) if preset else {}
+    if any(name in given for name in LENGTHS):
+        beneath = {name: value for name, value in beneath.items() if name not in LENGTHS}
+    size = given.get("size", beneath.get("size"))
+    if size is None:
+        raise ValueError("neither --size nor --preset is given; one of them must be")
+    named = {"run": f"runs/{preset or size}"}
+    by_size = {name: value for name, value in SIZE_DEFAULTS.get(size, {}).items() if name == "recompute"}
+    origins = dict.fromkeys((f.name for f in dataclasses.fields(TrainConfig)), "default")
+    origins |= dict.fromkeys(by_size, f"size {size}") | dict.fromkeys(beneath, f"preset {preset}")
+    return TrainConfig(**(named | by_size | beneath | given)), origins | dict.fromkeys(given, "flag")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run with nothing left open: the numbers that the loop works with, all of them worked out from the flags."""
@@ -101,6 +166,8 @@ class Plan:
     lr: float
     min_lr: float  # as a rate, not as a part
     warmup_steps: int
+    decay_steps: int | None = None  # of the wsd schedule's end; None: cosine
+    muon_lr: float | None = None  # peak; None: AdamW alone
 
 
 def make_plan(config, *, vocab_size, n_tokens, world_size):
@@ -115,6 +182,8 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
     model = dataclasses.replace(model, vocab_size=-(-vocab_size // 128) * 128)
     for f in dataclasses.fields(config):
         value, least = getattr(config, f.name), f.metadata["least"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{flag(f.name)} {value} is not a number to train with; give a finite one")
         if least is not None and value is not None and value < least:
             raise ValueError(f"{flag(f.name)} {value} is too small; allowed: {least} or more")
     defaults = SIZE_DEFAULTS[config.size]
@@ -143,10 +212,15 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
             f"the training split of {config.data} has {n_tokens:,} tokens, which do not fill one batch of "
             f"{batch_tokens:,}; curate more text or lower --batch-tokens"
         )
-    steps = config.steps or (n_tokens - 1) // model.seq_len // batch_sequences
+    steps = plan_steps(config, batch_tokens, (n_tokens - 1) // model.seq_len / batch_sequences)
     warmup_steps = min(2000, steps // 10) if config.warmup_steps is None else config.warmup_steps
+    decay_steps, muon_lr = _decay_steps(config, steps), _muon_lr(config, lr)
     if warmup_steps >= steps:
         raise ValueError(f"--warmup-steps {warmup_steps} leaves no step of the {steps} to train at the full rate")
+    if decay_steps is not None and warmup_steps + decay_steps > steps:
+        raise ValueError(
+            f"--decay-steps {decay_steps} and --warmup-steps {warmup_steps} are more than the {steps} steps of the run"
+        )
     return Plan(
         model=model,
         steps=steps,
@@ -157,7 +231,59 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
         lr=lr,
         min_lr=lr * config.min_lr,
         warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+        muon_lr=muon_lr,
     )
+
+
+def _one_of(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{flag(name)} {value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+def _muon_lr(config, lr):
+    """Muon's peak rate, or None without Muon. Raises ValueError for flags that do not go together."""
+    _one_of("optimizer", config.optimizer, OPTIMIZERS)
+    for name in ("muon_lr", "muon_momentum"):
+        if config.optimizer != "muon" and getattr(config, name) is not None:
+            raise ValueError(f"{flag(name)} acts with --optimizer muon alone, and the optimizer is {config.optimizer}")
+    if config.muon_lr is not None and config.muon_lr <= 0:
+        raise ValueError(f"--muon-lr {config.muon_lr} is out of range; allowed: more than 0")
+    if config.muon_momentum is not None and not 0 <= config.muon_momentum < 1:
+        raise ValueError(f"--muon-momentum {config.muon_momentum} is out of range; allowed: 0 <= muon-momentum < 1")
+    if config.optimizer == "muon":
+        return lr if config.muon_lr is None else config.muon_lr
+    return None
+
+
+def _decay_steps(config, steps):
+    """Steps of the wsd schedule's decay, or None for cosine. Raises ValueError for flags that do not go together."""
+    _one_of("schedule", config.schedule, SCHEDULES)
+    if config.schedule == "wsd":
+        return max(1, steps // 5) if config.decay_steps is None else config.decay_steps
+    if config.decay_steps is not None:
+        raise ValueError(f"--decay-steps acts with --schedule wsd alone, and the schedule is {config.schedule}")
+    return None
+
+
+def plan_steps(config, batch_tokens, steps_per_epoch):
+    """Optimizer steps, from whichever of --steps, --tokens and --epochs was given; without any, one epoch."""
+    given = [name for name in LENGTHS if getattr(config, name) is not None]
+    if len(given) > 1:
+        values = " and ".join(f"{flag(name)} {getattr(config, name)}" for name in given)
+        raise ValueError(f"{values} are given; the length of a run is one of --steps, --tokens and --epochs")
+    if config.steps is not None:
+        return config.steps
+    if config.tokens is not None:
+        wanted, steps = f"--tokens {config.tokens:,.0f}", config.tokens / batch_tokens
+    else:
+        epochs = 1.0 if config.epochs is None else config.epochs
+        wanted, steps = f"--epochs {epochs}", epochs * steps_per_epoch
+    if steps < 1:
+        raise ValueError(
+            f"{wanted} is not a step of {batch_tokens:,} tokens (--batch-tokens); allowed: a step or more"
+        )
+    return int(steps)
 
 
 def flag(name):
@@ -166,7 +292,10 @@ def flag(name):
 
 
 def add_flags(parser, config_class):
-    """One flag for each field of a frozen dataclass: --like-this, with the field's help and default."""
+    """One flag for each field of a frozen dataclass: --like-this, with the field's help and default.
+
+    A flag that is not given is not among the parsed ones, so that a preset can stand beneath (see make_config).
+    """
     for f in dataclasses.fields(config_class):
         required = f.default is dataclasses.MISSING
         shown = f.metadata["help"]
@@ -174,7 +303,7 @@ def add_flags(parser, config_class):
             shown += f" (default: {f.default})"
         arguments: dict[str, Any] = {"dest": f.name, "help": shown.replace("%", "%%"), "required": required}
         if not required:
-            arguments["default"] = f.default
+            arguments["default"] = argparse.SUPPRESS
         if f.type is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         else:

@@ -7,14 +7,18 @@ its default: here every key is known or refused.
 
 import difflib
 import json
+import math
 from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, _REMOVED_ZERO_CONFIG_KEYS
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from model.hybrid import HybridLM
+from train.checkpoint import tell_muon
 from train.optim import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,25 +39,46 @@ KNOWN_KEYS = {
     "steps_per_print": None,
     "disable_python_gc": None,
     "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
-    "aio": {
-        "block_size",
-        "queue_depth",
-        "thread_count",
-        "single_submit",
-        "overlap_events",
-        "use_gds",
-        "intra_op_parallelism",
-    },
 }
 OWNED_KEYS = {
     "train_batch_size": "--batch-tokens",
     "train_micro_batch_size_per_gpu": "--micro-batch",
     "gradient_accumulation_steps": "--batch-tokens and --micro-batch",
     "gradient_clipping": "--clip",
-    "optimizer": "--lr, --weight-decay, --beta1, --beta2",
-    "scheduler": "--lr, --min-lr, --warmup-steps, --steps",
+    "optimizer": "--lr, --weight-decay, --beta1, --beta2, --optimizer",
+    "scheduler": "--lr, --min-lr, --warmup-steps, --steps, --schedule",
     "seed": "--seed",
+    "fp16": "bf16.enabled: the loss is not scaled here, so float16 gradients would vanish",
+    "amp": "bf16.enabled",
+    "torch_autocast": "bf16.enabled",
+    "activation_checkpointing": "--recompute",
+    "wandb": "metrics.jsonl of the run's folder",
+    "tensorboard": "metrics.jsonl of the run's folder",
+    "csv_monitor": "metrics.jsonl of the run's folder",
+    "data_efficiency": "--data",
+    "aio": "offloading to NVMe, which our checkpoints cannot read",
+    "checkpoint": "--save-every and --keep: the checkpoints are train/checkpoint.py's",
 }
+# Keys of zero_optimization that its schema takes and that we refuse, each with the reason.
+REFUSED_ZERO_KEYS = {
+    "cpu_offload": "it is the old name of offload_optimizer",
+    "cpu_offload_param": "it is the old name of offload_param",
+    "cpu_offload_use_pin_memory": "it is the old name of pin_memory in offload_optimizer",
+    "stage3_gather_fp16_weights_on_model_save": "our checkpoints are not DeepSpeed's: it would do nothing",
+    "stage3_gather_16bit_weights_on_model_save": "our checkpoints are not DeepSpeed's: it would do nothing",
+    "elastic_checkpoint": "our checkpoints are not DeepSpeed's: it would do nothing",
+    "load_from_fp32_weights": "our checkpoints are not DeepSpeed's: it would do nothing",
+    "pipeline_loading_checkpoint": "our checkpoints are not DeepSpeed's: it would do nothing",
+    "legacy_stage1": "DeepSpeed 0.19 has one stage 1, and ignores it",
+    "compute_grad_norm": "without the norm nothing is clipped and none is recorded",
+    "save_muon_momentum_buffer_in_memory": "it belongs to DeepSpeed's own Muon, which is not used",
+    "offload_param": "our checkpoints are not tested with weights that lie on the CPU; use offload_optimizer",
+    "zenflow": "it updates weights late, so the losses are not AdamW's",
+    "zero_quantized_weights": "the weights would be rounded to 8 bits on their way, so the losses are not AdamW's",
+    "zero_quantized_nontrainable_weights": "every weight is trained here, so it would do nothing",
+    "zero_quantized_gradients": "the gradients would be rounded to 4 bits on their way, so the losses are not AdamW's",
+}
+ONLY_STAGE_3 = ("stage3_", "zero_hpz", "sub_group_size", "leaf_module")
 
 
 def default_ds_config():
@@ -70,6 +95,8 @@ def _unknown(where, key, allowed):
 def read_ds_config(path):
     """A DeepSpeed JSON as a dict. Raises FileNotFoundError or ValueError, in one line, for whatever would not act."""
     path = Path(path)
+    if not path.is_file() and (ROOT / path).is_file():  # ds_configs/zero2.json, from any folder
+        path = ROOT / path
     if not path.is_file():
         known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "ds_configs").glob("*.json")))
         raise FileNotFoundError(f"--ds-config {path} does not exist; there are {known}")
@@ -80,6 +107,9 @@ def read_ds_config(path):
     if not isinstance(settings, dict):
         raise ValueError(f"--ds-config {path} holds a {type(settings).__name__}; it must be one JSON object")
     for key, value in settings.items():
+        if key in _REMOVED_TOP_LEVEL_CONFIG_KEYS:
+            reason = _REMOVED_TOP_LEVEL_CONFIG_KEYS[key].strip()
+            raise ValueError(f"--ds-config {path} sets {key!r}, which DeepSpeed no longer has: {reason}")
         if key in OWNED_KEYS:
             raise ValueError(
                 f"--ds-config {path} sets {key!r}, which belongs to {OWNED_KEYS[key]}; take it out of the file"
@@ -94,26 +124,74 @@ def read_ds_config(path):
             for inner in value:
                 if inner not in KNOWN_KEYS[key]:
                     raise _unknown(f"--ds-config {path}, {key!r},", inner, KNOWN_KEYS[key])
+    zero = settings.get("zero_optimization")
+    if not isinstance(zero, dict) or "stage" not in zero:
+        raise ValueError(f"--ds-config {path} has no zero_optimization.stage; allowed: 0, 1, 2 or 3")
+    for key in zero:
+        if key in _REMOVED_ZERO_CONFIG_KEYS:
+            raise ValueError(f"--ds-config {path}: {_REMOVED_ZERO_CONFIG_KEYS[key].strip()}")
+        if key in REFUSED_ZERO_KEYS:
+            raise ValueError(
+                f"--ds-config {path} sets zero_optimization.{key}, which is refused: {REFUSED_ZERO_KEYS[key]}"
+            )
     try:
-        zero = DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
+        stage = int(DeepSpeedZeroConfig(**zero).stage)
+        DeepSpeedBF16Config(**settings.get("bf16", {}))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"--ds-config {path}, 'zero_optimization': {where}: {first['msg']}") from None
-    if zero.stage == 0:  # DeepSpeed then keeps no float32 copy of bf16 weights, and no gradient norm
-        raise ValueError(
-            f"--ds-config {path} has no zero_optimization.stage of 1, 2 or 3; stage 2 suits every size here"
-        )
+        first, section = error.errors()[0], "bf16" if "BF16" in error.title else "zero_optimization"
+        where = ".".join(str(part) for part in first["loc"]) or "together"
+        raise ValueError(f"--ds-config {path}, {section!r}: {where}: {first['msg']}") from None
+    for reason in wrong_combinations(settings, zero, stage):
+        raise ValueError(f"--ds-config {path}: {reason}")
     return settings
 
 
-def complete_ds_config(settings, plan, config):
-    """The JSON with what the flags own: what DeepSpeed is given."""
+def wrong_combinations(settings, zero, stage):
+    """Yield what cannot go together in a JSON, each in one line with the reason."""
+    bf16 = settings.get("bf16", {})
+    for key in zero:
+        if stage != 3 and key.startswith(ONLY_STAGE_3):
+            yield f"zero_optimization.{key} acts in stage 3 alone, and the stage is {stage}; take it out"
+    if stage == 0 and bf16.get("enabled"):
+        yield "stage 0 keeps no float32 copy of bf16 weights, so small updates are lost; use stage 1, 2 or 3"
+    offload = zero.get("offload_optimizer") or {}
+    if offload and stage not in (1, 2):
+        yield f"offload_optimizer is tested here in stages 1 and 2, and the stage is {stage}; use stage 2"
+    if offload.get("device", "none") not in ("cpu", "none"):
+        yield f"offload_optimizer to {offload['device']} is refused: our checkpoints read the optimizer from memory"
+    if not {"device", "pin_memory"}.issuperset(offload):
+        yield "offload_optimizer takes device and pin_memory here; its other keys act on NVMe, stage 3 or SuperOffload"
+    if zero.get("reduce_scatter") is False and stage == 3:
+        yield "stage 3 without reduce_scatter is for DeepSpeed's own Muon, which is not used; take it out"
+    if bf16.get("bf16_master_weights_and_grads") or bf16.get("bf16_optimizer_states"):
+        yield "bf16 master weights or optimizer states lose small updates, and checkpoints hold float32; take them out"
+    if bf16.get("enabled") and settings.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+        yield "bf16 without data_types.grad_accum_dtype 'fp32' adds micro-batches up in bf16; set it to 'fp32'"
+    if settings.get("communication_data_type") in ("fp16", "float16", "half"):
+        yield "communication_data_type fp16 overflows, as gradients are not scaled here; use fp32 (or bf16)"
+    if settings.get("gradient_allreduce_op", "mean") != "mean":
+        yield "gradient_allreduce_op other than 'mean' makes the gradient grow with the number of processes"
+    if settings.get("gradient_predivide_factor", 1.0) != 1.0 and not settings.get("prescale_gradients"):
+        yield "gradient_predivide_factor does nothing without prescale_gradients"
+    if settings.get("zero_allow_untested_optimizer") is not True and stage:
+        yield "zero_allow_untested_optimizer must be true: the optimizer is given to DeepSpeed, not made by it"
+    if settings.get("zero_force_ds_cpu_optimizer") is not False and offload:
+        yield "zero_force_ds_cpu_optimizer must be false with offload_optimizer: the optimizer is torch's"
+
+
+def complete_ds_config(settings, plan, config, world_size=1):
+    """The JSON with what the flags own: what DeepSpeed is given. ValueError if it cannot be on that many processes."""
+    stage = settings["zero_optimization"]["stage"]
+    group = settings["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if world_size > group and world_size % group:
+        raise ValueError(
+            f"zero_hpz_partition_size {group} does not divide {world_size} processes; make it the GPUs of one node"
+        )
     return {
         **settings,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.grad_accum,
-        "gradient_clipping": config.clip,
+        "gradient_clipping": config.clip if stage else 0.0,  # in stage 0 clip_and_keep_norm does it
     }
 
 
@@ -123,14 +201,28 @@ def make_engine(plan, config, ds_config, weights=None):
     weights: {parameter name: float32 tensor} to start from, or None for random ones from config.seed.
     """
     torch.manual_seed(config.seed)
-    model = HybridLM(plan.model, kernels=config.kernels, recompute=config.recompute)
+    model = HybridLM(plan.model, kernels=config.kernels, recompute=config.recompute, z_loss=config.z_loss)
     if weights is not None:
         model.load_state_dict(weights)
     model.to(deepspeed.get_accelerator().current_device_name())
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, config), config=ds_config)
+    tell_muon(engine)
+    if engine.zero_optimization_stage() == 0:
+        clip_and_keep_norm(engine, config.clip)
     return engine
 
 
-def set_learning_rate(engine, lr):
+def clip_and_keep_norm(engine, clip):
+    """Stage 0 alone: clip before each step as DeepSpeed would, and keep the norm, which it throws away."""
+
+    def before_step(optimizer, *_):
+        # the engine takes _global_grad_norm from its optimizer after the step
+        optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or math.inf)
+
+    engine.optimizer.register_step_pre_hook(before_step)
+
+
+def set_learning_rate(engine, lr, plan):
+    """Give every group the rate `lr`, and Muon's matrices the same part of plan.muon_lr as lr is of plan.lr."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr / plan.lr * plan.muon_lr if "momentum" in group else lr

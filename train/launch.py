@@ -14,7 +14,7 @@ from pathlib import Path
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.config import TrainConfig, add_flags
+from train.config import TrainConfig, add_flags, make_config
 
 
 def main(argv=None):
@@ -23,8 +23,19 @@ def main(argv=None):
     )
     add_flags(parser, TrainConfig)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed always passes it; we read LOCAL_RANK
+    parser.add_argument("--explain", action="store_true", help="print every value of the run and where it came from")
+    parser.add_argument("--world-size", type=int, metavar="INT", help="with --explain: for how many GPUs (default: 1)")
     flags = vars(parser.parse_args(argv))
     flags.pop("local_rank")
+    asked, world_size = flags.pop("explain"), flags.pop("world_size")
+    explain_for = (world_size or int(os.environ.get("WORLD_SIZE", 1))) if asked else None
+    try:
+        if world_size is not None and (not asked or world_size < 1):
+            raise ValueError(f"--world-size {world_size} is for --explain alone, and at least 1; the launcher sets it")
+        config, origins = make_config(flags)
+    except ValueError as error:
+        say(int(os.environ.get("RANK", 0)), f"error: {error}")
+        return 2
     rank = int(os.environ.get("RANK", 0))
     import torch
 
@@ -35,7 +46,7 @@ def main(argv=None):
     from train.loop import Stopped, train  # here, so that --help waits for neither
 
     try:
-        train(TrainConfig(**flags))
+        train(config, origins, explain_for)
     except Stopped as stopped:
         say(rank, str(stopped))
         return 130

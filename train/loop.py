@@ -23,51 +23,77 @@ from train.checkpoint import delete_old, newest_whole, restore_optimizer, save_c
 from train.config import make_plan
 from train.data import training_batches
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
+from train.explain import explain
 from train.metrics import Metrics
-from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, remove_unfinished, write_json
+from train.mixture import check_epochs, read_mixture
+from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, note_best, remove_unfinished, write_json
 from train.schedule import learning_rate
+from train.stream import ENDLESS, PREFIX, PackedStream, open_recipe
 from train.validate import heldout_loss
-
-TIMEOUT = timedelta(minutes=10)  # without a limit of its own a lost process stalls the others for half an hour
 
 
 class Stopped(Exception):
     """The run was asked to stop and has saved a checkpoint."""
 
 
-def train(config):
+def train(config, origins=None, explain_for=None):
     """Train one model. Every process that the launcher starts calls it; see train/launch.py.
+
+    origins: where each flag's value came from, for the record (train.config.make_config).
+    explain_for: print what the run would be on this many processes, and do nothing else.
 
     Raises ValueError or FileNotFoundError, before any process waits for another, for inputs that cannot be;
     Stopped after SIGTERM or Ctrl-C; FloatingPointError if the loss is not a number.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), explain_for or int(os.environ.get("WORLD_SIZE", 1))
     ds_settings = read_ds_config(config.ds_config or default_ds_config())
-    manifest = read_manifest(config.data)
-    if config.verify_data:  # the ranks share the work
-        verify_files(config.data, file_names(manifest)[rank::world_size])
-    stream = open_stream(config.data, "train")
-    plan = make_plan(
-        config, vocab_size=manifest["tokenizer"]["vocab_size"], n_tokens=stream.n_tokens, world_size=world_size
-    )
-    ds_config = complete_ds_config(ds_settings, plan, config)
+    recipe = mixture = None
+    if config.data.startswith(PREFIX):
+        recipe, tokenizer = open_recipe(config)
+        heldout, tokenizer_file, data_sha256 = recipe.heldout, tokenizer.path, recipe.sha256
+        vocab_size, n_tokens = tokenizer.vocab_size, ENDLESS
+    else:
+        if config.tokenizer is not None:
+            raise ValueError(f"--tokenizer is for --data {PREFIX}...; the data folder {config.data} has its own")
+        manifest = read_manifest(config.data)
+        if config.verify_data and not explain_for:  # the ranks share the work
+            verify_files(config.data, file_names(manifest)[rank::world_size])
+        mixture = read_mixture(config.mixture, config.max_epochs)
+        stream = open_stream(config.data, "train", mixture and mixture.sources)
+        heldout, data_sha256 = config.data, manifest_sha256(config.data)
+        tokenizer_file = Path(config.data) / manifest["tokenizer"]["file"]
+        vocab_size, n_tokens = manifest["tokenizer"]["vocab_size"], stream.n_tokens
+    plan = make_plan(config, vocab_size=vocab_size, n_tokens=n_tokens, world_size=world_size)
+    if mixture:
+        n_samples = plan.steps * plan.batch_sequences
+        source_epochs = check_epochs(mixture, stream, plan.model.seq_len, config.seed, n_samples)
+    ds_config = complete_ds_config(ds_settings, plan, config, world_size)
+    if explain_for:
+        if rank == 0:
+            explain(config, origins, plan, ds_config, world_size)
+        return
     ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
-    record = describe(config, plan, ds_config, world_size) | {"kernels": ops.__name__}
+    record = describe(config, plan, ds_config, world_size, data_sha256) | {"kernels": ops.__name__, "origins": origins}
     run_dir = RunDir(Path(config.run))
     check_new_or_resumed(run_dir, config.resume, record)
+    # already here, so that a source that cannot be read stops the run before a GPU is taken
+    packed = PackedStream(recipe, tokenizer, config.seed) if recipe else None
 
     stop = catch_signals()
-    start_processes(rank, world_size)
+    start_processes(rank, world_size, config.timeout_minutes)
     device = deepspeed.get_accelerator().current_device_name()
     checkpoint = newest_whole(run_dir, say=say_on(rank)) if config.resume else None
     start = checkpoint.step if checkpoint else 0
     engine = make_engine(plan, config, ds_config, weights=checkpoint.tensors() if checkpoint else None)
     if checkpoint:
         restore_optimizer(engine, checkpoint)
+        if recipe:
+            packed = PackedStream(recipe, tokenizer, config.seed, checkpoint.run["stream"])
     metrics = None
     if rank == 0:
         remove_unfinished(run_dir)
         cut_metrics(run_dir.metrics, start)
+        note_best(run_dir)  # a checkpoint beyond the step that the run goes on from is not the best any more
         write_json(run_dir.config, record)
         metrics = Metrics(run_dir.metrics, start + 1, plan.last_step)
         going = f"goes on from step {start}" if start else "starts"
@@ -75,13 +101,18 @@ def train(config):
             f"{config.run} {going}, to {plan.last_step:,}: {config.size}, {plan.model.n_parameters:,} parameters, "
             f"{world_size} processes x {plan.grad_accum} x {plan.micro_batch} sequences of {plan.model.seq_len} tokens"
         )
+        if mixture:
+            metrics.say(mixture.describe(source_epochs))
 
-    batches = training_batches(stream, plan, config.seed, rank, world_size, start + 1, device)
+    if packed:
+        batches = packed.batches(plan, rank, world_size, device)
+    else:
+        batches = training_batches(stream, plan, config.seed, rank, world_size, start + 1, device, mixture)
     batch_tokens = plan.batch_sequences * plan.model.seq_len
     saved_step = start
     for step in range(start + 1, plan.last_step + 1):
         began = time.perf_counter()
-        set_learning_rate(engine, learning_rate(step, plan))
+        set_learning_rate(engine, learning_rate(step, plan), plan)
         total_loss = torch.zeros((), device=device)
         for _ in range(plan.grad_accum):
             batch = next(batches)
@@ -104,13 +135,13 @@ def train(config):
             )
         last = step == plan.last_step or must_stop
         if config.eval_every and (step % config.eval_every == 0 or (step == plan.last_step and not must_stop)):
-            row |= heldout_loss(engine, config.data, plan, config.eval_tokens)
+            row |= heldout_loss(engine, heldout, plan, config.eval_tokens)
         if metrics:
             metrics.log(row)
         if last or (config.save_every and step % config.save_every == 0):
             save_checkpoint(
-                engine, run_dir.checkpoint(step), step=step, tokens=step * batch_tokens, run=record,
-                tokenizer=Path(config.data) / manifest["tokenizer"]["file"],
+                engine, run_dir.checkpoint(step), step=step, tokens=step * batch_tokens,
+                run=record | ({"stream": packed.state()} if packed else {}), tokenizer=tokenizer_file,
             )  # fmt: skip
             saved_step = step
             if rank == 0:
@@ -125,8 +156,11 @@ def train(config):
         raise Stopped(f"stopped at step {saved_step} of {plan.last_step}; go on with --resume")
 
 
-def start_processes(rank, world_size):
-    """Join the process group that the launcher's environment describes; alone, a group of one."""
+def start_processes(rank, world_size, timeout_minutes):
+    """Join the process group that the launcher's environment describes; alone, a group of one.
+
+    timeout_minutes: without a limit of its own a lost process stalls the others for half an hour.
+    """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
@@ -138,7 +172,7 @@ def start_processes(rank, world_size):
         # each process would take all cores, and the processes of a machine would wait for one another
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
-    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
 
 
 def mean_over_processes(loss, stop):
@@ -170,7 +204,7 @@ def say_on(rank):
     return (lambda line: print(line, file=sys.stderr, flush=True)) if rank == 0 else (lambda line: None)
 
 
-def describe(config, plan, ds_config, world_size):
+def describe(config, plan, ds_config, world_size, data_sha256):
     """What goes to config.json: everything a reader needs to know, or to repeat, the run."""
     plan_fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "model"}
     return {
@@ -179,7 +213,7 @@ def describe(config, plan, ds_config, world_size):
         "model": dataclasses.asdict(plan.model),
         "parameters": plan.model.n_parameters,
         "deepspeed": ds_config,
-        "data": {"path": str(config.data), "manifest_sha256": manifest_sha256(config.data)},
+        "data": {"path": str(config.data), "manifest_sha256": data_sha256},
         "world_size": world_size,
         "git_commit": git_commit(),
         "argv": sys.argv,

@@ -1,8 +1,23 @@
-"""Which parameters decay, and the optimizer that DeepSpeed shards."""
+"""Which parameter is stepped how: AdamW, or Muon for the matrices inside the layers and AdamW for the rest.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) averages the gradients of a matrix and takes the
+step along the nearest orthogonal matrix, so it needs whole matrices, of which ZeRO gives each process flat pieces.
+DeepSpeed's own Muon orthogonalises before it clips, which scales the finished update, and keeps its momentum in the
+gradients' dtype. Ours is therefore an optimizer like any other to DeepSpeed: it is given flat float32 weights and
+gradients, already summed and clipped; its momentum is as flat as they are, and is saved and resumed like AdamW's
+moments; and the processes put the matrices together themselves.
+"""
+
+from collections import Counter
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 NO_DECAY = ("embedding.weight", "conv1d_weight")  # a table looked up, and a filter of four taps a channel
+MOMENTUM = 0.95  # Jordan's
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values come out between about 0.7 and 1.2
+NS_STEPS = 5
 
 
 def parameter_groups(model, weight_decay):
@@ -13,8 +28,121 @@ def parameter_groups(model, weight_decay):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
+def is_muon(name, shape):
+    """Whether Muon steps this parameter: a matrix inside a layer that maps vectors to vectors.
+
+    So not the embedding and the head, whose rows are looked up or scored one by one (Jordan), nor the convolution, the
+    norms, A_log, D and dt_bias. The projection to dt is such a matrix, one row a head, like those to B and C.
+    """
+    return name.startswith("layers.") and len(shape) == 2 and not name.endswith(NO_DECAY)
+
+
 def make_optimizer(model, config):
-    """torch's AdamW; the learning rate is set before every step, by the schedule."""
+    """The optimizer that DeepSpeed shards; the learning rates are set before every step, by the schedule."""
     groups = parameter_groups(model, config.weight_decay)
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused)
+    on_gpu = next(model.parameters()).is_cuda
+    settings = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": on_gpu}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **settings)
+    matrices = {p for name, p in model.named_parameters() if is_muon(name, p.shape)}
+    decayed, kept = groups
+    momentum = MOMENTUM if config.muon_momentum is None else config.muon_momentum
+    muon = {**decayed, "params": [p for p in decayed["params"] if p in matrices], "momentum": momentum}
+    rest = {**decayed, "params": [p for p in decayed["params"] if p not in matrices]}  # the head, unless it is tied
+    return Muon(muon, [group for group in (rest, kept) if group["params"]], **settings)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for one group of matrices, AdamW for the other groups.
+
+    The matrices are parameters as they are, or flat pieces of matrices after `shard` has said of which.
+    """
+
+    def __init__(self, matrices, others, **adamw_settings):
+        self.adamw = torch.optim.AdamW(others, **adamw_settings)
+        super().__init__([matrices, *self.adamw.param_groups], {"lr": 0.0})
+        self.own = {}  # flat parameter -> {name: Piece} of the matrices in it
+        self.shared = {}  # flat parameter -> names of the matrices that several processes have pieces of, in one order
+        self.shapes, self.device = {}, None  # of the matrices; where they are put together
+
+    def shard(self, flats, pieces, device):
+        """Say which matrices the flat parameters hold. All ranks call it.
+
+        flats: this rank's flat parameters, alike in number and order on all ranks; pieces: what it owns, as
+        train.checkpoint.owned_pieces gives them; device: where matrices are put together.
+        """
+        self.device = device
+        index = {flat: i for i, flat in enumerate(flats)}
+        held: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(held, [(index[piece.flat], piece.name, piece.shape) for piece in pieces])
+        holders = Counter(place for places in held for place in places)
+        self.shapes = {name: shape for _, name, shape in holders}
+        for i, flat in enumerate(flats):
+            self.own[flat] = {piece.name: piece for piece in pieces if piece.flat is flat}
+            self.shared[flat] = [name for (where, name, _), count in holders.items() if where == i and count > 1]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.adamw.state = self.state
+        self.adamw.param_groups = [group for group in self.param_groups if "momentum" not in group]
+        loss = self.adamw.step(closure)
+        for group in self.param_groups:
+            for weight in group["params"] if "momentum" in group else ():
+                self._muon_step(weight, group)
+        return loss
+
+    def _muon_step(self, weight, group):
+        """w <- (1 - lr decay) w - lr 0.2 sqrt(max(rows, columns)) orthogonalised(Nesterov's mean of the gradients).
+
+        The factor gives the update the root mean square of AdamW's, so that AdamW's rate and decay suit Muon too
+        (Moonlight, arXiv:2502.16982, section 2.2).
+        """
+        state, beta = self.state[weight], group["momentum"]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - beta)
+        update = weight.grad.lerp(momentum, beta)
+        if weight.ndim == 2:
+            update = scaled_orthogonal(update)
+        else:
+            self._orthogonalize_pieces(update, weight)
+        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+    def _orthogonalize_pieces(self, flat, weight):
+        """Orthogonalise, in place, the matrices whose pieces lie in `flat`. All ranks call it, for the same weight."""
+        own = {name: flat[p.offset : p.offset + p.numel] for name, p in self.own[weight].items()}
+        shared, rank, world_size = self.shared[weight], dist.get_rank(), dist.get_world_size()
+        for name in own.keys() - set(shared):
+            own[name].copy_(scaled_orthogonal(own[name].view(self.shapes[name]).to(self.device)).flatten())
+        for first in range(0, len(shared), world_size):  # the ranks work on a matrix each at a time
+            names = shared[first : first + world_size]
+            matrices = [torch.zeros(self.shapes[n], dtype=flat.dtype, device=self.device) for n in names]
+            for worker, (name, matrix) in enumerate(zip(names, matrices, strict=True)):
+                self._stretch(matrix, weight, name).copy_(own.get(name, flat[:0]))
+                dist.reduce(matrix, worker)  # each element is one rank's, and 0 on the others: nothing is rounded
+            if rank < len(matrices):
+                matrices[rank].copy_(scaled_orthogonal(matrices[rank]))
+            for worker, (name, matrix) in enumerate(zip(names, matrices, strict=True)):
+                dist.broadcast(matrix, worker)
+                own.get(name, flat[:0]).copy_(self._stretch(matrix, weight, name))
+
+    def _stretch(self, whole, weight, name):
+        """The part of a whole matrix that this rank owns, as a flat view; empty where it owns none."""
+        piece = self.own[weight].get(name)
+        return whole.view(-1)[piece.start : piece.start + piece.numel] if piece else whole.view(-1)[:0]
+
+
+def scaled_orthogonal(matrix):
+    """matrix (r, c) made orthogonal, times 0.2 sqrt(max(r, c))."""
+    return orthogonalized(matrix).mul_(0.2 * max(matrix.shape) ** 0.5)
+
+
+def orthogonalized(matrix):
+    """Roughly the nearest orthogonal matrix: five Newton-Schulz steps, in bfloat16 on a GPU and float32 elsewhere."""
+    a, b, c = NS_COEFFICIENTS
+    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    x = (x / x.norm().clamp(min=1e-15)).to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    for _ in range(NS_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)

@@ -4,28 +4,33 @@ runs/demo/
     config.json                     the resolved configuration, written before step 1
     metrics.jsonl                   one object a step
     checkpoints/step_0000400/       see train/checkpoint.py
+    best.json                       which of them has the lowest held-out loss
     eval/step_0000400.json          scores of that checkpoint
     report.html
 """
 
 import json
+import math
 import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from curation.shards import new_file
 from model.config import ModelConfig
+from train.config import TrainConfig
 
 CHECKPOINT_PREFIX = "step_"
 
 # What may differ when a run goes on: where it stops, how it is watched, and how the work is laid out over machines.
 MAY_CHANGE = frozenset({
     "run.data", "run.run", "run.stop_after", "run.micro_batch", "run.ds_config", "run.save_every", "run.keep",
-    "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.kernels", "run.recompute",
+    "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.timeout_minutes",
+    "run.preset", "run.kernels", "run.recompute",
     "plan.last_step", "plan.micro_batch", "plan.grad_accum",
 })  # fmt: skip
-# A run that was started before ModelConfig had a field was of that field's default.
+# A run that was started before ModelConfig or TrainConfig had a field was of that field's default.
 LATER_FIELDS = {f"model.{f.name}": f.default for f in fields(ModelConfig) if f.default is not MISSING}
+LATER_FIELDS |= {f"run.{f.name}": f.default for f in fields(TrainConfig) if f.default is not MISSING}
 COMPARED = ("run", "plan", "model", "data.manifest_sha256")  # the rest (versions, argv ...) is there to be read
 
 
@@ -40,6 +45,10 @@ class RunDir:
     @property
     def metrics(self):
         return self.path / "metrics.jsonl"
+
+    @property
+    def best(self):
+        return self.path / "best.json"
 
     @property
     def report(self):
@@ -113,6 +122,23 @@ def cut_metrics(path, step):
         rows = [row for row in read_metrics(path) if row["step"] <= step]
         with new_file(path) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def note_best(run_dir):
+    """Write best.json: the checkpoint of lowest held-out loss, of those that were measured at their step; its name.
+
+    It follows from metrics.jsonl and the folders that are there, so that a resumed run needs no memory of it. Without
+    a measured checkpoint there is no best.json, and None is returned.
+    """
+    rows = read_metrics(run_dir.metrics) if run_dir.metrics.exists() else []
+    losses = {run_dir.checkpoint(row["step"]).name: row.get("heldout_loss", math.nan) for row in rows}
+    found = [(losses[p.name], p.name) for p in run_dir.checkpoints() if math.isfinite(losses.get(p.name, math.nan))]
+    if not found:
+        run_dir.best.unlink(missing_ok=True)
+        return None
+    loss, name = min(found)
+    write_json(run_dir.best, {"checkpoint": name, "heldout_loss": loss})
+    return name
 
 
 def remove_unfinished(run_dir):
