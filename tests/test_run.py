@@ -1,6 +1,7 @@
 """Real runs through DeepSpeed's launcher on CPU processes: resume bit for bit, stages alike, stopping, refusals."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from launching import ROOT, launch
+from launching import ROOT, free_port, launch
 from safetensors import safe_open
 
 from train.checkpoint import load_checkpoint, newest_whole
@@ -142,7 +143,8 @@ def test_terminated_run_saves_and_goes_on(data, tmp_path):
         sys.executable, str(ROOT / "train/launch.py"), "--size", "tiny", "--data", data, "--run", run,
         "--steps", 4000, "--eval-every", 0,
     ]  # fmt: skip
-    started = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    alone = os.environ | {"MASTER_PORT": str(free_port())}
+    started = subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=alone, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or len(read_metrics(run / "metrics.jsonl")) < 5:
         assert time.monotonic() < deadline and started.poll() is None

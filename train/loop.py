@@ -17,18 +17,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from curation.shards import file_names, manifest_sha256, open_stream, read_manifest, verify_files
 from model.ops import load_ops
 from train.checkpoint import delete_old, newest_whole, restore_optimizer, save_checkpoint
 from train.config import make_plan
-from train.data import training_batches
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
 from train.explain import explain
 from train.metrics import Metrics
-from train.mixture import check_epochs, read_mixture
 from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, note_best, remove_unfinished, write_json
 from train.schedule import learning_rate
-from train.stream import ENDLESS, PREFIX, PackedStream, open_recipe
+from train.training_data import open_training_data
 from train.validate import heldout_loss
 
 
@@ -47,37 +44,18 @@ def train(config, origins=None, explain_for=None):
     """
     rank, world_size = int(os.environ.get("RANK", 0)), explain_for or int(os.environ.get("WORLD_SIZE", 1))
     ds_settings = read_ds_config(config.ds_config or default_ds_config())
-    recipe = mixture = None
-    if config.data.startswith(PREFIX):
-        recipe, tokenizer = open_recipe(config)
-        heldout, tokenizer_file, data_sha256 = recipe.heldout, tokenizer.path, recipe.sha256
-        vocab_size, n_tokens = tokenizer.vocab_size, ENDLESS
-    else:
-        if config.tokenizer is not None:
-            raise ValueError(f"--tokenizer is for --data {PREFIX}...; the data folder {config.data} has its own")
-        manifest = read_manifest(config.data)
-        if config.verify_data and not explain_for:  # the ranks share the work
-            verify_files(config.data, file_names(manifest)[rank::world_size])
-        mixture = read_mixture(config.mixture, config.max_epochs)
-        stream = open_stream(config.data, "train", mixture and mixture.sources)
-        heldout, data_sha256 = config.data, manifest_sha256(config.data)
-        tokenizer_file = Path(config.data) / manifest["tokenizer"]["file"]
-        vocab_size, n_tokens = manifest["tokenizer"]["vocab_size"], stream.n_tokens
-    plan = make_plan(config, vocab_size=vocab_size, n_tokens=n_tokens, world_size=world_size)
-    if mixture:
-        n_samples = plan.steps * plan.batch_sequences
-        source_epochs = check_epochs(mixture, stream, plan.model.seq_len, config.seed, n_samples)
+    data = open_training_data(config, rank, world_size, verify=config.verify_data and not explain_for)
+    plan = make_plan(config, vocab_size=data.vocab_size, n_tokens=data.n_tokens, world_size=world_size)
+    data_lines = data.check(plan)
     ds_config = complete_ds_config(ds_settings, plan, config, world_size)
     if explain_for:
         if rank == 0:
             explain(config, origins, plan, ds_config, world_size)
         return
     ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
-    record = describe(config, plan, ds_config, world_size, data_sha256) | {"kernels": ops.__name__, "origins": origins}
+    record = describe(config, plan, ds_config, world_size, data.sha256) | {"kernels": ops.__name__, "origins": origins}
     run_dir = RunDir(Path(config.run))
     check_new_or_resumed(run_dir, config.resume, record)
-    # already here, so that a source that cannot be read stops the run before a GPU is taken
-    packed = PackedStream(recipe, tokenizer, config.seed) if recipe else None
 
     stop = catch_signals()
     start_processes(rank, world_size, config.timeout_minutes)
@@ -87,8 +65,6 @@ def train(config, origins=None, explain_for=None):
     engine = make_engine(plan, config, ds_config, weights=checkpoint.tensors() if checkpoint else None)
     if checkpoint:
         restore_optimizer(engine, checkpoint)
-        if recipe:
-            packed = PackedStream(recipe, tokenizer, config.seed, checkpoint.run["stream"])
     metrics = None
     if rank == 0:
         remove_unfinished(run_dir)
@@ -101,13 +77,10 @@ def train(config, origins=None, explain_for=None):
             f"{config.run} {going}, to {plan.last_step:,}: {config.size}, {plan.model.n_parameters:,} parameters, "
             f"{world_size} processes x {plan.grad_accum} x {plan.micro_batch} sequences of {plan.model.seq_len} tokens"
         )
-        if mixture:
-            metrics.say(mixture.describe(source_epochs))
+        for line in data_lines:
+            metrics.say(line)
 
-    if packed:
-        batches = packed.batches(plan, rank, world_size, device)
-    else:
-        batches = training_batches(stream, plan, config.seed, rank, world_size, start + 1, device, mixture)
+    batches = data.batches(plan, rank, world_size, start + 1, device, checkpoint)
     batch_tokens = plan.batch_sequences * plan.model.seq_len
     saved_step = start
     for step in range(start + 1, plan.last_step + 1):
@@ -135,13 +108,13 @@ def train(config, origins=None, explain_for=None):
             )
         last = step == plan.last_step or must_stop
         if config.eval_every and (step % config.eval_every == 0 or (step == plan.last_step and not must_stop)):
-            row |= heldout_loss(engine, heldout, plan, config.eval_tokens)
+            row |= heldout_loss(engine, data.heldout, plan, config.eval_tokens)
         if metrics:
             metrics.log(row)
         if last or (config.save_every and step % config.save_every == 0):
             save_checkpoint(
                 engine, run_dir.checkpoint(step), step=step, tokens=step * batch_tokens,
-                run=record | ({"stream": packed.state()} if packed else {}), tokenizer=tokenizer_file,
+                run=record | data.state(), tokenizer=data.tokenizer_file,
             )  # fmt: skip
             saved_step = step
             if rank == 0:
