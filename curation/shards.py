@@ -118,7 +118,7 @@ def write_shard(
     with new_file(path) as file:
         file.write(shard_prefix(header, {name: array.shape for name, array in tables.items()}, n_tokens))
         for array in tables.values():
-            file.write(array)
+            file.write(array.data)
         for piece in tokens:
             if piece.size and (piece.min() < 0 or piece.max() >= header.vocab_size):
                 raise ValueError(f"{path}: token ids {piece.min()} to {piece.max()} are not below {header.vocab_size}")
@@ -129,7 +129,7 @@ def write_shard(
                 raise ValueError(f"{path}: document {n_separators + wrong - 1} contains the separator")
             n_separators += len(places)
             n_written += piece.size
-            file.write(np.ascontiguousarray(piece, dtype))
+            file.write(np.ascontiguousarray(piece, dtype).data)
         if (n_written, n_separators) != (n_tokens, len(lengths)):
             raise ValueError(f"{path}: {n_written} tokens in {n_separators} documents came, not {n_tokens}")
     return {"documents": len(lengths), "tokens": n_tokens}
@@ -329,9 +329,8 @@ def open_shard(path: str | Path) -> Shard:
         header = ShardHeader(
             **metadata | {"vocab_size": int(metadata["vocab_size"]), "separator_id": int(metadata["separator_id"])}
         )
-        data = np.memmap(path, np.uint8, "r", offset=8 + n).view(
-            np.ndarray
-        )  # slicing a np.memmap takes ten times as long
+        # still mapped as a plain array; slicing a np.memmap takes ten times as long
+        data = np.memmap(path, np.uint8, "r", offset=8 + n).view(np.ndarray)
         arrays = {}
         for name in ("ids", "starts", "tokens"):
             start, end = described[name]["data_offsets"]
