@@ -1,37 +1,32 @@
 """Exact and MinHash near-duplicate detection over arrays: documents are known by their ids, never by their position.
 
-A fingerprint is made from each document alone. Then the documents of all sources are put in one order (priority of
-the source, then id), and in each group of duplicates the first of that order stays. The result depends neither on the
-order in which documents were read nor on how they were divided into tasks.
+A fingerprint is made from each document alone: the digest of its text, and one MinHash key for each band. Then all
+documents are numbered, `rank` puts them in one order (priority of the source, then a hash of the id), and of each
+group of duplicates the first in that order stays. The result depends neither on the numbering nor on how the
+documents were divided into tasks, and no step needs more memory than a few arrays of the number of documents.
+
+    digest, keys = fingerprint(text, ngram_words=5, bands=14, rows=8)     # of each document
+    exact, stays = survivors(digests, keys.T, rank(priorities, id_hashes))  # of all
 """
 
+import functools
 import hashlib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-SHINGLE_WORD = re.compile(r"\w+")
-BLOCK = 2048  # shingles hashed at once: 112 x 2048 x 8 bytes stay in the cache
-
-_word_hashes: dict[str, int] = {}
-_WORDS_REMEMBERED = 1 << 20
+BLOCK = 1 << 15  # characters that are split into words at once
+SHINGLES = 1024  # shingles hashed at once: 112 x 1024 x 4 bytes stay in the cache
+BASE = 0x9E3779B97F4A7C15 | 1  # of the polynomial hashes
+PART = 1 << 22  # keys sorted at once
+PAIRS = 1 << 20  # pairs joined at once
 
 
 def text_digest(text: str) -> np.ndarray:
     """The text's identity, (2,) uint64. Its numbers also choose the held-out split and the order in the shards."""
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), "<u8")
-
-
-def word_hash(word: str) -> int:
-    """A 64-bit hash that is the same in every process (Python's own is not)."""
-    value = _word_hashes.get(word)
-    if value is None:
-        if len(_word_hashes) > _WORDS_REMEMBERED:
-            _word_hashes.clear()
-        value = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        _word_hashes[word] = value
-    return value
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
@@ -41,55 +36,214 @@ def mixed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def shingles(text: str, n: int) -> np.ndarray:
-    """Hashes of the distinct runs of n words, lower-cased, without punctuation; a shorter text is one shingle."""
-    words = SHINGLE_WORD.findall(text.lower())
-    hashes = np.fromiter(map(word_hash, words), np.uint64, len(words))
-    n = min(n, len(words))
-    keys = np.zeros(len(words) - n + 1, np.uint64)
-    for i in range(n):
-        keys = mixed(keys + hashes[i : i + len(keys)])
-    return np.unique(keys)
+# ---- the fingerprint of one document
 
 
-def permutations(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Factors (odd) and offsets of n hash functions x -> x * factor + offset mod 2^64, (n, 1) uint64 each; fixed."""
-    numbers = mixed(np.arange(1, 2 * n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return (numbers[:n] | np.uint64(1)).reshape(n, 1), numbers[n:].reshape(n, 1)
+@functools.cache
+def letters() -> np.ndarray:
+    r"""The lower-case code point of each character if it is part of a word (\w), else 0: (0x110000,) uint32."""
+    characters = "".join(map(chr, range(sys.maxunicode + 1)))
+    table = np.arange(len(characters), dtype=np.uint32)
+    for upper in filter(str.isupper, characters):
+        table[ord(upper)] = ord(upper.lower()[0])
+    for other in re.finditer(r"\W+", characters):
+        table[other.start() : other.end()] = 0
+    return table
+
+
+@functools.cache
+def powers() -> tuple[np.ndarray, np.ndarray]:
+    """BASE^i and BASE^-i modulo 2^64 for i from 0 to BLOCK, uint64."""
+    both = []
+    for base in (BASE, pow(BASE, -1, 1 << 64)):
+        steps = np.full(BLOCK + 1, base, np.uint64)
+        steps[0] = 1
+        both.append(np.cumprod(steps, dtype=np.uint64))
+    return both[0], both[1]
+
+
+def spans(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """A 64-bit polynomial hash of each values[start:stop]; at most BLOCK values."""
+    up, down = powers()
+    sums = np.zeros(len(values) + 1, np.uint64)
+    np.cumsum(values * up[: len(values)], out=sums[1:])
+    return mixed((sums[stops] - sums[starts]) * down[starts])
+
+
+def word_hashes(text: str) -> Iterator[np.ndarray]:
+    r"""Hashes of the text's words (runs of \w, lower-cased) in their order, a block of the text at a time.
+
+    A block ends after its last character that is no letter, so no word is cut unless it is BLOCK characters long.
+    """
+    start = 0
+    while start < len(text):
+        codes = letters()[np.frombuffer(text[start : start + BLOCK].encode("utf-32-le"), "<u4")]
+        inside = codes != 0
+        if start + len(codes) < len(text) and not inside.all():
+            inside = inside[: len(codes) - int(np.argmin(inside[::-1]))]
+            codes = codes[: len(inside)]
+        edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
+        yield spans(codes, edges[::2], edges[1::2])
+        start += len(codes)
+
+
+def shingles(text: str, n: int) -> Iterator[np.ndarray]:
+    """Hashes of the runs of n words, (any,) odd uint32, some at a time; a text of fewer words is one shingle.
+
+    Odd, because 0 would be the lowest under every factor of MinHash.
+    """
+
+    def hashed(words: np.ndarray, n: int) -> np.ndarray:
+        starts = np.arange(len(words) - n + 1)
+        return (spans(words, starts, starts + n) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+
+    words = np.zeros(0, np.uint64)
+    n_words = 0
+    for more in word_hashes(text):
+        n_words += len(more)
+        words = np.concatenate([words, more])
+        if len(words) >= n:
+            yield hashed(words, n)
+            words = words[len(words) - n + 1 :]
+    if n_words < n:
+        yield hashed(words, n_words)
+
+
+@functools.cache
+def factors(n: int) -> np.ndarray:
+    """Fixed odd numbers, (n, 1) uint64; the low halves are the n hash functions x -> x * factor mod 2^32."""
+    return mixed(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(BASE)).reshape(n, 1) | np.uint64(1)
 
 
 def band_keys(text: str, ngram_words: int, bands: int, rows: int) -> np.ndarray:
-    """MinHash of the text, one key for each band, (bands,) uint64; two texts that share a key are near duplicates."""
-    factors, offsets = permutations(bands * rows)
-    hashes = shingles(text, ngram_words)
-    lowest = np.full(bands * rows, np.iinfo(np.uint64).max)
-    for start in range(0, len(hashes), BLOCK):
-        values = hashes[start : start + BLOCK] * factors + offsets  # (bands * rows, block)
-        np.minimum(lowest, values.min(axis=1), out=lowest)
-    keys = np.zeros(bands, np.uint64)
-    for column in lowest.reshape(bands, rows).T:
-        keys = mixed(keys + column)
-    return keys
+    """MinHash of the text, one key for each band, (bands,) uint64; two texts that share a key are near duplicates.
+
+    Two texts whose sets of n-grams have the Jaccard similarity s share a key with probability 1 - (1 - s^rows)^bands.
+    """
+    by = factors(bands * rows)
+    by32 = by.astype(np.uint32)
+    lowest = np.full(bands * rows, np.iinfo(np.uint32).max, np.uint32)
+    for hashes in shingles(text, ngram_words):
+        for start in range(0, len(hashes), SHINGLES):
+            np.minimum(lowest, (hashes[start : start + SHINGLES] * by32).min(axis=1), out=lowest)
+    return mixed((lowest * by[:, 0]).reshape(bands, rows).sum(axis=1))
 
 
-def first_of_equals(keys: np.ndarray) -> np.ndarray:
-    """For each row of (n,) or (n, k), the lowest index of a row equal to it."""
-    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    return first[inverse.reshape(-1)]
+def fingerprint(text: str, ngram_words: int, bands: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """What is kept of a document to find its duplicates: text_digest (2,) and band_keys (bands,), uint64."""
+    return text_digest(text), band_keys(text, ngram_words, bands, rows)
 
 
-def components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Union-find over arrays: for each of n nodes, the lowest node that edges a[i] - b[i] connect it with."""
-    label = np.arange(n)
-    while True:
-        low = np.minimum(label[a], label[b])
-        new = label.copy()
-        np.minimum.at(new, label[a], low)
-        np.minimum.at(new, label[b], low)
-        new = new[new]  # labels are nodes, and new <= label: each round halves the paths
-        if (new == label).all():
-            return label
-        label = new
+# ---- the duplicates among all documents
+
+
+def number_type(n: int) -> type:
+    """The dtype of the numbers of n documents."""
+    return np.uint32 if n < 1 << 32 else np.int64
+
+
+def band_pairs(keys: np.ndarray) -> np.ndarray:
+    """Each document that is not the first of its key beside that first one: (m, 2) numbers, in no special order.
+
+    keys: (n,) uint64, well spread. Sorted a part at a time, so that little memory is needed beside keys and pairs.
+    """
+    pairs: list[np.ndarray] = [np.zeros((0, 2), number_type(len(keys)))]
+    bits = (len(keys) // PART).bit_length()
+    for part in range(1 << bits):
+        numbers = np.flatnonzero(keys >> np.uint64(64 - bits) == part)
+        ordered = keys[numbers]
+        order = np.argsort(ordered)
+        ordered, numbers = ordered[order], numbers[order]
+        as_before = np.zeros(len(numbers) + 1, bool)  # [i]: the key of place i is that of place i - 1
+        np.equal(ordered[1:], ordered[:-1], out=as_before[1:-1])
+        shared = as_before[:-1] | as_before[1:]
+        members = numbers[shared]  # group after group
+        starts = np.flatnonzero(~as_before[:-1][shared])
+        if len(starts):
+            firsts = np.repeat(np.minimum.reduceat(members, starts), np.diff(starts, append=len(members)))
+            later = members != firsts
+            pairs.append(np.stack([firsts[later], members[later]], axis=1).astype(pairs[0].dtype))
+    return np.concatenate(pairs)
+
+
+class Clusters:
+    """Union-find over an array: which of n documents are connected, by pairs that come a chunk at a time.
+
+    Holds 4 bytes a document (8 above 2^32 documents), whatever the number of pairs.
+    """
+
+    def __init__(self, n: int):
+        self._parent: np.ndarray = np.arange(n, dtype=number_type(n))  # never above its document; a root is its own
+
+    def join(self, pairs: np.ndarray) -> None:
+        """Connect the two documents of each of (m, 2) pairs; may be a memory map."""
+        for start in range(0, len(pairs), PAIRS):
+            a, b = pairs[start : start + PAIRS].T
+            while len(a):
+                a, b = self._roots(a), self._roots(b)
+                apart = a != b
+                a, b = np.minimum(a, b)[apart], np.maximum(a, b)[apart]
+                self._parent[b] = a  # of several for one root, one is written; the others come round again
+
+    def _roots(self, documents: np.ndarray) -> np.ndarray:
+        """The root of each document. On the way each is hung onto its grandparent: a path is halved by each round."""
+        parents = self._parent[documents]
+        while True:
+            grandparents = self._parent[parents]
+            if np.array_equal(parents, grandparents):
+                return parents
+            self._parent[documents] = grandparents
+            parents = grandparents
+
+    def lowest(self) -> np.ndarray:
+        """For each of the n documents the lowest number of its cluster, (n,); a view that later joins change."""
+        for start in range(0, len(self._parent), PAIRS):
+            self._roots(np.arange(start, min(start + PAIRS, len(self._parent))))
+        return self._parent
+
+
+def rank(priorities: np.ndarray, id_hashes: np.ndarray) -> np.ndarray:
+    """The order in which documents are preferred, lowest first, (n,) uint64.
+
+    priorities: (n,) ints below 256, of the source; id_hashes: (n,) uint64, of the document's id.
+    """
+    return priorities.astype(np.uint64) << np.uint64(56) | id_hashes >> np.uint64(8)
+
+
+def survivors(
+    digests: np.ndarray, bands: Iterable[np.ndarray], rank: np.ndarray, sources: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each of n documents the number of the one with the same text that stays, and of the one that stays at last.
+
+    digests: (n, 2) uint64; bands: one (n,) uint64 of keys a band, taken one after the other (rows of a memory map do);
+    rank: (n,) uint64, all different, lower stays. Documents of one text are one document in any case. Near duplicates
+    are sought among all documents, or only within each source if `sources` (n,) gives each document's.
+    Returns exact, stays, (n,) each: document i stays if stays[i] == i; is an exact duplicate if exact[i] != i, else
+    a near duplicate. stays[i] may be connected with i only through others of the cluster.
+    """
+    n = len(rank)
+    # from here on documents are numbered by their place in this order
+    order: np.ndarray = np.argsort(rank, kind="stable").astype(number_type(n))
+    first = np.arange(n, dtype=order.dtype)
+    pairs = band_pairs(digests[:, 0][order])
+    pairs = pairs[digests[order[pairs[:, 0]], 1] == digests[order[pairs[:, 1]], 1]]
+    first[pairs[:, 1]] = pairs[:, 0]
+    exact = np.empty_like(order)
+    exact[order] = order[first]
+
+    order = order[first == np.arange(n)]
+    clusters = Clusters(len(order))
+    for keys in bands:
+        keys = keys[order]
+        if sources is not None:
+            keys = mixed(keys + mixed(sources[order].astype(np.uint64) + np.uint64(1)))
+        clusters.join(band_pairs(keys))
+    stays = np.empty_like(exact)
+    stays[order] = order[clusters.lowest()]
+    return exact, stays[exact]
+
+
+# ---- the same for a few documents
 
 
 def find_duplicates(
@@ -99,18 +253,17 @@ def find_duplicates(
 
     ids: n different ones; priorities (n,), lower stays; digests (n, 2); keys (n, bands). In any order.
     """
-    order = sorted(range(len(ids)), key=lambda i: (priorities[i], ids[i]))
-    ids = [ids[i] for i in order]
-    digests, keys = digests[order], keys[order]
-
-    n = len(ids)
-    exact = first_of_equals(digests) if n else np.arange(0)
-    firsts = [first_of_equals(keys[:, band]) for band in range(keys.shape[1])] if n else []
-    here = np.arange(n)
-    a = np.concatenate([exact, *firsts])
-    b = np.tile(here, 1 + len(firsts))
-    stays = components(n, a[a != b], b[a != b])
-
-    exact_duplicates = {ids[i]: ids[exact[i]] for i in here if exact[i] != i}
-    near_duplicates = {ids[i]: ids[stays[i]] for i in here if exact[i] == i and stays[i] != i}
+    by_rank = sorted(range(len(ids)), key=lambda i: (priorities[i], ids[i]))
+    ranks = np.empty(len(ids), np.uint64)
+    ranks[by_rank] = np.arange(len(ids), dtype=np.uint64)
+    exact, stays = survivors(digests, keys.T, ranks)
+    exact_duplicates = {ids[i]: ids[exact[i]] for i in range(len(ids)) if exact[i] != i}
+    near_duplicates = {ids[i]: ids[stays[i]] for i in range(len(ids)) if exact[i] == i != stays[i]}
     return exact_duplicates, near_duplicates
+
+
+def components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """For each of n nodes, the lowest node that edges a[i] - b[i] connect it with."""
+    clusters = Clusters(n)
+    clusters.join(np.stack([a, b], axis=1))
+    return clusters.lowest()

@@ -1,42 +1,45 @@
-"""The sources of text: which files each one reads, and how a file becomes documents.
+"""The sources of text, which files of each one are read, and the pieces of work that the files are cut into.
 
-A source is one entry of the list at the end of this file. To add one: write a function that lists its files, one that
-makes texts of one file's text (or take one that is here), and an entry.
+A source is one entry of the lists at the end of this file: where its files are (on the Hub, in a folder, or what a
+function of local_text.py lists), which columns hold text and id, its licence, and how much of it is wanted.
+
+    files   list_files          every file of the source
+            choose_files        as many of them, in the order of the hash of their names, as its budget needs
+            with_digests        and the sha256 of their bytes
+            make_pieces         ranges of large files, bundles of small ones
 """
 
-import gzip
 import hashlib
+import json
+import math
 import os
-import re
-import sysconfig
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from curation.extract import docstrings, help_topics, long_description, manual_page, without_docstrings
+from curation.hub import HUB, list_repo, open_file
+from curation.local_text import (
+    code,
+    family,
+    module_docstrings,
+    package_documentation,
+    package_modules,
+    package_text,
+    stdlib_code_files,
+    stdlib_documentation,
+    stdlib_files,
+    system_documentation,
+    system_text,
+    walk,
+)
+from curation.shards import file_sha256, new_file
 
 MB = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputFile:
-    """One file of a source. `name` is its place in the source, the same on every machine, and part of document ids."""
-
-    name: str
-    path: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawDocument:
-    """What a reader makes: `problem` is the rule that drops the document when its file could not be read as meant."""
-
-    id: str
-    text: str
-    problem: str | None = None
-
+BILLION = 1_000_000_000
 
 # Texts of one file: (name, text of the file) -> (what to add to the document's id, text), ...
 Extract = Callable[[str, str], Iterable[tuple[str, str]]]
@@ -44,19 +47,139 @@ Extract = Callable[[str, str], Iterable[tuple[str, str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
+    """Where text is, what of a row is the document, and how much of it is wanted.
+
+    Its files are those of `repo` on the Hub whose names match `paths`, or those of `folder` that do, or what `files`
+    lists. `extract` makes documents of a whole file's text; other files are rows (parquet, JSON lines) or plain text.
+    """
+
     name: str
     kind: str  # which rules of the recipe its documents must pass
     description: str
-    budget_mb: float  # read no more raw text than about this
-    files: Callable[[], Iterable[tuple[str, Path]]]  # (name, path) of every file, in any order
-    extract: Extract
+    licence: str = ""
+    repo: str | None = None
+    revision: str | None = None  # a commit
+    folder: str | None = None
+    paths: tuple[str, ...] = ("*",)  # patterns of names in the repository or folder; * goes through folders
+    files: Callable[[], Iterable[tuple[str, Path]]] | None = None  # (name, path) of every file, in any order
+    extract: Extract | None = None
+    text_columns: tuple[str, ...] = ("text",)
+    row_text: Callable[[Mapping[str, Any]], str] | None = None  # of the text columns, where the text is not in one
+    id_column: str | None = "id"  # None: documents are known by their file and row
+    metadata_columns: tuple[str, ...] = ()  # `a.b` is the field b of the column a
+    budget_tokens: int | None = None  # of training, None: all that there is
+    budget_mb: float | None = None  # of text that is read, None: no limit
+    max_epochs: float = 1
+    text_per_byte: float = 1.0  # expected: bytes of text in a byte of file
+    bytes_per_token: float = 4.4  # expected: of text
+    kept: float = 1.0  # expected: share of the text that all rules and the search for duplicates leave
+    refused: str | None = None  # why it cannot be read as it is
+
+    @property
+    def needed_bytes(self) -> float:
+        """How much of its files must be read for the budget; infinite for a source without one."""
+        needed = math.inf
+        if self.budget_tokens is not None:
+            tokens = self.budget_tokens / self.max_epochs
+            needed = tokens * self.bytes_per_token / (self.kept * self.text_per_byte)
+        if self.budget_mb is not None:
+            needed = min(needed, self.budget_mb * MB / self.text_per_byte)
+        return needed
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFile:
+    """One file of a source. `name` is its place in the source, the same on every machine, and part of document ids."""
+
+    name: str
+    path: str  # on this machine, or hf://datasets/<repo>@<revision>/<name>
+    size_bytes: int
+    digest: str = ""  # sha256 of its bytes; of small files on the Hub the git object's name
+    take_bytes: int | None = None  # read only what begins in so many first bytes, None: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilePart:
+    """Of parquet the row groups start <= i < stop; of other files the bytes.
+
+    Of plain JSON lines those that begin in the range; packed files are always read from their beginning.
+    """
+
+    file: InputFile
+    start: int
+    stop: int
+    size_bytes: int  # of the file that this part is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A unit of work: parts of files of one source."""
+
+    source: str
+    parts: tuple[FilePart, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 of what it reads: source, names, digests and ranges, wherever the files are."""
+        read = [self.source, [[part.file.name, part.file.digest, part.start, part.stop] for part in self.parts]]
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        first = self.parts[0]
+        if len(self.parts) > 1:
+            return f"{self.source}: {len(self.parts):,} files"
+        return f"{self.source}: {first.file.name} [{first.start:,}, {first.stop:,})"
+
+    def values(self) -> dict[str, Any]:
+        """As plain JSON values, of which piece_of makes the piece again."""
+        return asdict(self)
+
+
+def piece_of(values: Mapping[str, Any]) -> Piece:
+    parts = (FilePart(**(part | {"file": InputFile(**part["file"])})) for part in values["parts"])
+    return Piece(source=values["source"], parts=tuple(parts))
 
 
 # ---- listing
 
 
+def list_files(source: Source, mirror: Path | None = None) -> list[InputFile]:
+    """Every file of the source in the order in which they are taken; files of this machine without their digests.
+
+    `mirror` is a folder that holds repositories of the Hub as <repo>/<name>. Raises ValueError for a source that is
+    refused, FileNotFoundError where nothing matches, and OSError when the Hub does not answer.
+    """
+    if source.refused:
+        raise ValueError(f"source {source.name}: {source.refused}")
+    if source.files is not None:
+        return list_inputs(source)
+    if source.repo is not None and mirror is None:
+        listed = list_repo(source.repo, source.revision)
+        prefix = f"{HUB}{source.repo}@{source.revision}/"
+        files = [InputFile(name=n, path=prefix + n, size_bytes=size, digest=digest) for n, size, digest in listed]
+        where = f"{source.repo} on the Hub at {source.revision}"
+    else:
+        root = Path(source.folder) if source.repo is None else Path(mirror, source.repo)
+        if not root.is_dir():
+            raise FileNotFoundError(f"source {source.name}: there is no folder {root}")
+        files = [
+            InputFile(name=os.fsencode(name).decode(errors="replace"), path=str(path), size_bytes=path.stat().st_size)
+            for name, path in walk(root, skip={".git", ".cache"})
+        ]
+        where = str(root)
+    files = [file for file in files if any(fnmatch(file.name, pattern) for pattern in source.paths)]
+    if not files:
+        raise FileNotFoundError(f"source {source.name}: no file of {where} matches {' or '.join(source.paths)}")
+    return sorted(files, key=lambda file: (hashlib.sha256(file.name.encode()).digest(), file.path))
+
+
 def list_inputs(source: Source) -> list[InputFile]:
-    """The source's files in the order in which they are read until its budget is full.
+    """The files that the source's own function lists, in the order in which they are taken.
 
     Files come in the order of the hash of their names, and in rounds: the first of each family (package, command),
     then the second of each: one family with thousands of files must not fill the budget alone.
@@ -74,147 +197,158 @@ def list_inputs(source: Source) -> list[InputFile]:
     return [inputs[i] for i in sorted(range(len(inputs)), key=lambda i: (rounds[i], i))]
 
 
-def family(name: str) -> str:
-    """`torch` of torch/nn/functional.py and of torch-2.13.0.dist-info/METADATA, `man1/git` of man1/git-add.1.gz."""
-    parts = name.split("/")
-    depth = 1 if parts[0].startswith("man") or parts[0] == "doc" else 0
-    stem = re.split(r"[-_.:]", parts[min(depth, len(parts) - 1)])[0]
-    return "/".join([*parts[:depth], stem])
+def choose_files(source: Source, files: Sequence[InputFile]) -> list[InputFile]:
+    """The first files that the budget needs; of the last one only as much as is needed, if it can be read in part."""
+    chosen = []
+    room = source.needed_bytes
+    for file in files:
+        if room <= 0:
+            break
+        in_part = source.extract is None and is_rows(file.name) and file.size_bytes > room
+        chosen.append(replace(file, take_bytes=math.ceil(room)) if in_part else file)
+        room -= file.size_bytes
+    return chosen
 
 
-def walk(root: Path, skip: Iterable[str] = ()) -> Iterator[tuple[str, Path]]:
-    """Every file under `root` with its relative name; folders named in `skip` are left out, links not followed."""
-    skip = set(skip)
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip]
-        for file in files:
-            path = Path(folder, file)
-            if not path.is_symlink():
-                yield path.relative_to(root).as_posix(), path
+def with_digests(files: Sequence[InputFile], known_file: Path) -> list[InputFile]:
+    """The files with the sha256 of their bytes.
 
-
-STDLIB_SKIPS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
-HELP_TOPICS = "pydoc_data/topics.py"
-
-
-def stdlib_files() -> Iterator[tuple[str, Path]]:
-    """The standard library of the interpreter that is running (inside a virtual environment: of its base)."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return ((name, path) for name, path in walk(root, STDLIB_SKIPS) if name.endswith(".py"))
-
-
-def stdlib_code_files() -> Iterator[tuple[str, Path]]:
-    return ((name, path) for name, path in stdlib_files() if name != HELP_TOPICS)  # those are texts, not code
-
-
-def package_files(skip: Iterable[str] = ()) -> Iterator[tuple[str, Path]]:
-    for root in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
-        yield from walk(Path(root), {"__pycache__", *skip})
-
-
-DOCUMENTATION = re.compile(r"(?:.*\.(?:md|rst)|METADATA|(?:LICEN[CS]E|COPYING|NOTICE|README).*)", re.IGNORECASE)
-NOT_TEXT = re.compile(r".*\.(?:py|pyc|pyi|so|h|hpp|c|cpp|js|css|html|png|json|jinja2?|ipynb)", re.IGNORECASE)
-
-
-def package_documentation() -> Iterator[tuple[str, Path]]:
-    for name, path in package_files():
-        if DOCUMENTATION.fullmatch(path.name) and not NOT_TEXT.fullmatch(path.name):
-            yield name, path
-
-
-def package_modules() -> Iterator[tuple[str, Path]]:
-    return ((name, path) for name, path in package_files(skip={"test", "tests"}) if name.endswith(".py"))
-
-
-MANUALS, SYSTEM_DOCUMENTATION = Path("/usr/share/man"), Path("/usr/share/doc")
-MANUAL_SECTION = re.compile(r"man[1-9]")  # beside them stand the translations, in folders named by language
-SYSTEM_TEXT = re.compile(r"(?:(?:README|NEWS|FAQ|copyright|changelog).*|.*\.(?:txt|md|rst))(?:\.gz)?", re.IGNORECASE)
-
-
-def system_documentation() -> Iterator[tuple[str, Path]]:
-    """Manual pages in English and the packages' documentation; nothing where the machine has been stripped of them."""
-    for section in sorted(MANUALS.glob("man*")):
-        if MANUAL_SECTION.fullmatch(section.name):
-            yield from ((f"{section.name}/{name}", path) for name, path in walk(section))
-    for name, path in walk(SYSTEM_DOCUMENTATION):
-        if SYSTEM_TEXT.fullmatch(path.name) and not NOT_TEXT.fullmatch(path.name):
-            yield f"doc/{name}", path
-
-
-# ---- reading
-
-
-def read_documents(source: Source, file: InputFile) -> Iterator[RawDocument]:
-    """The documents of one file. A file that cannot be read as meant gives one document that names its problem."""
-    text, problem = read_text(file)
-    documents: list[tuple[str, str]] = [("", text)]
-    if problem is None:
-        try:
-            documents = list(source.extract(file.name, text))
-        except (SyntaxError, RecursionError):
-            problem = "syntax_error"
-    for part, part_text in documents:
-        identity = f"{source.name}/{file.name}" + (f"#{part}" if part else "")
-        clean = part_text.encode(errors="replace").decode()  # a string literal may hold half a surrogate pair
-        yield RawDocument(id=identity, text=clean, problem=problem if clean == part_text else "lone_surrogate")
-
-
-def read_text(file: InputFile) -> tuple[str, str | None]:
-    """Text of a file, gunzipped if its name says so, and the problem with it. Newlines become plain \\n."""
-    problem = None
+    A file is not read again if `known_file`, which this writes, has its path, size, time and inode.
+    """
     try:
-        data = Path(file.path).read_bytes()
-    except OSError:
-        return "", "unreadable_file"
-    if len(data) != file.size_bytes:
-        problem = "changed_since_listed"
-    if file.path.endswith(".gz"):
-        try:
-            data = gzip.decompress(data)
-        except EOFError:  # cut short: keep what can be read, for whoever looks at what was dropped
-            data, problem = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(data), "truncated_gzip"
-        except (OSError, zlib.error):
-            return "", "damaged_gzip"
+        known = json.loads(known_file.read_bytes())
+    except FileNotFoundError:
+        known = {}
+    found, new = [], {}
+    for file in files:
+        if not file.digest:
+            stat = os.stat(file.path)
+            seen = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            entry = known.get(file.path)
+            if entry is None or entry[:3] != seen:
+                entry = new[file.path] = [*seen, file_sha256(Path(file.path))]
+            file = replace(file, digest=entry[3])
+        found.append(file)
+    if new:
+        with new_file(known_file) as out:
+            out.write(json.dumps(known | new).encode())
+    return found
+
+
+# ---- pieces
+
+
+PACKED = (".gz", ".zst")
+ROWS = (".jsonl", ".ndjson", ".json")
+
+
+def suffix_of(name: str) -> str:
+    """`.jsonl` of a.jsonl.gz, `.parquet` of b.parquet, in small letters."""
+    name = name.lower()
+    return os.path.splitext(name.removesuffix(".gz").removesuffix(".zst"))[1]
+
+
+def is_rows(name: str) -> bool:
+    return suffix_of(name) in (*ROWS, ".parquet")
+
+
+def is_packed(name: str) -> bool:
+    return name.lower().endswith(PACKED)
+
+
+MIN_PART = 1 << 16  # bytes of a range: below that, a piece is not split any more
+
+
+def make_pieces(source: Source, files: Sequence[InputFile], piece_bytes: int) -> list[Piece]:
+    """Pieces of about `piece_bytes` of file: every file is in one of them, or in consecutive ones.
+
+    Parquet is cut between row groups, plain JSON lines anywhere; packed files stay whole. Files smaller than half a
+    piece go into bundles by the hash of their names; the number of bundles is a power of two, so that one file more
+    changes one bundle.
+    """
+    pieces, small = [], []
+    for file in files:
+        parts = file_parts(source, file, piece_bytes)
+        if len(parts) == 1 and parts[0].size_bytes < piece_bytes / 2:
+            small.append(parts[0])
+        else:
+            pieces += [Piece(source=source.name, parts=(part,)) for part in parts]
+    needed = sum(part.size_bytes for part in small) / piece_bytes
+    n_bundles = 1 << max(math.ceil(math.log2(needed)), 0) if needed else 1
+    bundles: list[list[FilePart]] = [[] for _ in range(n_bundles)]
+    for part in small:
+        number = int.from_bytes(hashlib.sha256(part.file.name.encode()).digest()[-8:], "big")
+        bundles[number % n_bundles].append(part)
+    for bundle in filter(None, bundles):
+        parts = tuple(sorted(bundle, key=lambda part: (part.file.name, part.file.path)))
+        pieces.append(Piece(source=source.name, parts=parts))
+    return pieces
+
+
+def file_parts(source: Source, file: InputFile, piece_bytes: int) -> list[FilePart]:
+    size = file.size_bytes if file.take_bytes is None else min(file.size_bytes, file.take_bytes)
+    if source.extract is None and suffix_of(file.name) == ".parquet":
+        return parquet_parts(source, file, piece_bytes)
+    if source.extract is None and is_rows(file.name) and not is_packed(file.name):
+        n = max(round(size / piece_bytes), 1)
+        cuts = [size * i // n for i in range(n + 1)]
+        return [
+            FilePart(file=file, start=start, stop=stop, size_bytes=stop - start)
+            for start, stop in zip(cuts, cuts[1:], strict=False)
+        ]
+    return [FilePart(file=file, start=0, stop=size, size_bytes=size)]
+
+
+def parquet_parts(source: Source, file: InputFile, piece_bytes: int) -> list[FilePart]:
+    """Runs of row groups. A file that is no parquet is one part without row groups: reading it says what is wrong."""
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text, problem = data.decode(errors="replace"), problem or "invalid_utf8"
-    return text.replace("\r\n", "\n").replace("\r", "\n"), problem
+        with open_file(file.path) as opened:
+            footer = pq.read_metadata(opened)
+    except (OSError, ArrowException):
+        return [FilePart(file=file, start=0, stop=0, size_bytes=file.size_bytes)]
+    wanted = {*source.text_columns, source.id_column, *source.metadata_columns}
+    tops = {str(name).split(".")[0] for name in wanted}
+    parts: list[FilePart] = []
+    start = taken = waiting = 0
+    for i in range(footer.num_row_groups):
+        group = footer.row_group(i)
+        columns = [group.column(c) for c in range(group.num_columns)]
+        waiting += sum(c.total_compressed_size for c in columns if c.path_in_schema.split(".")[0] in tops)
+        taken += sum(column.total_compressed_size for column in columns)
+        enough = file.take_bytes is not None and taken >= file.take_bytes
+        if waiting >= piece_bytes or enough or i == footer.num_row_groups - 1:
+            parts.append(FilePart(file=file, start=start, stop=i + 1, size_bytes=waiting))
+            start, waiting = i + 1, 0
+        if enough:
+            break
+    return parts or [FilePart(file=file, start=0, stop=0, size_bytes=file.size_bytes)]
 
 
-def code(name: str, text: str) -> Iterator[tuple[str, str]]:
-    yield "", without_docstrings(text)
+def split_piece(piece: Piece) -> tuple[Piece, Piece] | None:
+    """Two pieces that read the same documents, or None where it cannot be cut."""
+    if len(piece.parts) > 1:
+        middle = len(piece.parts) // 2
+        return replace(piece, parts=piece.parts[:middle]), replace(piece, parts=piece.parts[middle:])
+    (part,) = piece.parts
+    is_parquet = suffix_of(part.file.name) == ".parquet"
+    if is_packed(part.file.name) or not is_rows(part.file.name):
+        return None
+    if part.stop - part.start < (2 if is_parquet else 2 * MIN_PART):
+        return None
+    middle, half = (part.start + part.stop) // 2, part.size_bytes // 2
+    first = replace(part, stop=middle, size_bytes=half)
+    second = replace(part, start=middle, size_bytes=part.size_bytes - half)
+    return replace(piece, parts=(first,)), replace(piece, parts=(second,))
 
 
-def module_docstrings(name: str, text: str) -> Iterator[tuple[str, str]]:
-    """One document a module; none for a module without docstrings."""
-    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    if found := docstrings(text, module):
-        yield "", found
+def read_documents(source: Source, file: InputFile) -> Iterable[Any]:
+    """The documents of one whole file, see readers.py."""
+    from curation.readers import read_whole
 
-
-def stdlib_documentation(name: str, text: str) -> Iterable[tuple[str, str]]:
-    return help_topics(text).items() if name == HELP_TOPICS else module_docstrings(name, text)
-
-
-def package_text(name: str, text: str) -> Iterator[tuple[str, str]]:
-    text = long_description(text) if name.endswith("METADATA") else text
-    if text.strip():
-        yield "", text
-
-
-MAX_CHANGELOG = 20_000  # characters: the newest entries; the rest is more of the same
-
-
-def system_text(name: str, text: str) -> Iterator[tuple[str, str]]:
-    if not name.startswith("doc/"):
-        page = manual_page(text)
-        if page is not None:  # a page that only points to another is no document of its own
-            yield "", page
-    elif "changelog" in name.lower() and len(text) > MAX_CHANGELOG:
-        yield "", text[: text.rfind("\n", 0, MAX_CHANGELOG) + 1]
-    else:
-        yield "", text
+    return read_whole(source, file)
 
 
 # ---- the list: of two duplicates, the one from the earlier source is kept
