@@ -1,19 +1,20 @@
 """Decontamination: finds documents that hold items of the evaluation suites, offline and from local files.
 
-    python -m curation.decontaminate build --items FOLDER --out decontamination.index
+    python -m curation.decontaminate build --items FOLDER... --out decontamination.index
     python -m curation.decontaminate check --index decontamination.index --input pages.jsonl.zst
 
-FOLDER holds the suites' files as they are downloaded (.jsonl, .jsonl.gz, .jsonl.zst, .parquet; .txt with a passage in
-each line), below a folder, or under a name, that begins with the benchmark's: `mmlu/...`, `gsm8k_test.jsonl`.
-BENCHMARKS says which columns are questions, choices, answers and passages; files of other benchmarks need the columns
-stem, choices, answer, passage.
+The folders hold the suites' files as they are downloaded (.jsonl, .jsonl.gz, .jsonl.zst, .parquet; .txt with a
+passage in each line), below a folder, or under a name, that begins with the benchmark's: `mmlu/...`,
+`gsm8k_test.jsonl`. BENCHMARKS says which columns are questions, choices, answers and passages; files of other
+benchmarks need the columns stem, choices, answer, passage.
 
 How it works. Text becomes words: letters and digits, lower case, without accents; everything else separates, so that
 punctuation, spacing and typography make no difference. Each item becomes units of about UNIT_WORDS words, and the
 index knows where every run of NGRAM words occurs in them. A unit is found in a document where, within twice its
-length, such runs cover `min_score` of its words, each weighed by its rarity among the items (IDF). A question with less than
-MIN_INFORMATION in it ("What is the capital of France?") counts only with its answer, or its choices, close behind it.
-The idea of weighing n-gram overlap by IDF, questions and answers apart, is decon's (github.com/allenai/decon).
+length, such runs cover `min_score` of its words, each weighed by its rarity among the items (IDF). A question with
+less than MIN_INFORMATION in it ("What is the capital of France?") counts only with its answer, or its choices, close
+behind. The idea of weighing n-gram overlap by IDF, questions and answers apart, is decon's
+(github.com/allenai/decon).
 """
 
 import argparse
@@ -59,6 +60,7 @@ class Columns:
     labels: str | None = None  # of the choices
     first: int = 0  # the number of the first choice
     blank: str | None = None  # what stands in the stem where the answer belongs
+    plain: bool = False  # also as .txt, a passage in each line
     passages: tuple[str, ...] = ()  # found on their own
 
 
@@ -74,7 +76,7 @@ BENCHMARKS: dict[str, Columns] = {
     "openbookqa": Columns(stem="question_stem", choices=("choices.text",), answer="answerKey", labels="choices.label"),
     "piqa": Columns(stem="goal", choices=("sol1", "sol2"), answer="label"),
     "truthfulqa": Columns(stem="question", choices=("mc1_targets.choices",), answer="mc1_targets.labels"),
-    "wikitext": Columns(passages=("text",)),
+    "wikitext": Columns(passages=("text",), plain=True),
     "winogrande": Columns(stem="sentence", choices=("option1", "option2"), answer="answer", first=1, blank="_"),
 }
 OTHER = Columns(stem="stem", choices=("choices",), answer="answer", passages=("passage",))
@@ -83,7 +85,7 @@ OTHER = Columns(stem="stem", choices=("choices",), answer="answer", passages=("p
 @dataclass(frozen=True, kw_only=True)
 class Item:
     benchmark: str
-    file: str  # relative to the folder of items
+    file: str  # from the name of the folder of items on
     row: int  # in that file, from 0
     stems: tuple[str, ...] = ()  # the question, and with its blank filled in
     answer: str = ""
@@ -115,36 +117,37 @@ def read_rows(path: Path) -> Iterator[Row]:
                 raise ValueError(f"{path}, line {number + 1}: not one JSON object in UTF-8 ({error})") from None
 
 
-def item_files(folder: Path) -> list[tuple[str, str]]:
-    """(benchmark, path relative to `folder`) of every file of items, sorted; what is named train is left out."""
+def item_files(folder: Path) -> list[tuple[str, Path]]:
+    """(benchmark, path) of every file of items in a folder, sorted; what is named train is left out."""
     files = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        parts = name.lower().replace("-", "_").split("/")
+    for path in sorted(folder.resolve().rglob("*")):
+        parts = path.relative_to(folder.resolve().parent).as_posix().lower().replace("-", "_").split("/")
         known = (benchmark for part in parts for benchmark in BENCHMARKS if part.startswith(benchmark))
-        benchmark = next(known, parts[0].split(".")[0])
-        is_note = path.suffix == ".txt" and BENCHMARKS.get(benchmark, OTHER).stem  # a README or a licence
-        is_training = any(part.startswith(("train", "auxiliary_train")) for part in parts)
+        benchmark = next(known, parts[1].split(".")[0])
+        is_note = path.suffix == ".txt" and not BENCHMARKS.get(benchmark, OTHER).plain  # a licence, a README
+        is_training = any(part.startswith(("train", "auxiliary_train")) for part in parts[1:])
         if path.name.endswith(SUFFIXES) and not is_note and not is_training:
-            files.append((benchmark, name))
+            files.append((benchmark, path))
     if not files:
         raise FileNotFoundError(f"{folder} holds no files of items; expected {', '.join(SUFFIXES)}")
     return files
 
 
-def read_items(folder: Path) -> Iterator[Item]:
-    """Every item below `folder`. Raises ValueError naming the file whose rows lack the benchmark's columns."""
-    for benchmark, file in item_files(folder):
-        columns = BENCHMARKS.get(benchmark, OTHER)
-        found = False
-        for number, row in enumerate(read_rows(folder / file)):
-            item = make_item(benchmark, columns, file, number, row)
-            if item.stems or item.passages:
-                found = True
-                yield item
-        if not found:
-            wanted = ", ".join(filter(None, (columns.stem, *columns.passages)))
-            raise ValueError(f"{folder / file} has no item of {benchmark}: no row has a text in the column {wanted}")
+def read_items(folders: Iterable[Path]) -> Iterator[Item]:
+    """Every item in the folders. Raises ValueError naming the file whose rows lack the benchmark's columns."""
+    for folder in folders:
+        for benchmark, path in item_files(folder):
+            columns = BENCHMARKS.get(benchmark, OTHER)
+            file = path.relative_to(folder.resolve().parent).as_posix()
+            found = False
+            for number, row in enumerate(read_rows(path)):
+                item = make_item(benchmark, columns, file, number, row)
+                if item.stems or item.passages:
+                    found = True
+                    yield item
+            if not found:
+                wanted = " or ".join(filter(None, (columns.stem, *columns.passages)))
+                raise ValueError(f"{path} has no item of {benchmark}: no row has text in the column {wanted}")
 
 
 def make_item(benchmark: str, columns: Columns, file: str, number: int, row: Row) -> Item:
@@ -629,8 +632,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m curation.decontaminate", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", allow_abbrev=False, help="write the index of a folder of evaluation items")
-    build.add_argument("--items", type=Path, required=True, metavar="FOLDER")
+    build = commands.add_parser("build", allow_abbrev=False, help="write the index of folders of evaluation items")
+    build.add_argument("--items", type=Path, required=True, nargs="+", metavar="FOLDER")
     build.add_argument("--out", type=Path, required=True, metavar="FILE")
     check = commands.add_parser("check", allow_abbrev=False, help="print what files hold of the items, as JSON lines")
     check.add_argument("--index", type=Path, required=True, metavar="FILE")
