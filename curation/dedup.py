@@ -21,7 +21,7 @@ BLOCK = 1 << 15  # characters that are split into words at once
 SHINGLES = 1024  # shingles hashed at once: 112 x 1024 x 4 bytes stay in the cache
 BASE = 0x9E3779B97F4A7C15 | 1  # of the polynomial hashes
 PART = 1 << 22  # keys sorted at once
-PAIRS = 1 << 20  # pairs joined at once
+PAIRS = 1 << 16  # pairs joined at once: what a chunk needs stays in the cache
 
 
 def text_digest(text: str) -> np.ndarray:

@@ -5,12 +5,16 @@ Everything here is data and goes, resolved, into the manifest of the data folder
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
 
 from curation.filters import CodeQuality, English, GopherQuality, GopherRepetition, Readable, Rule
-from curation.sources import LOCAL, MB, Source
+from curation.shards import file_sha256
+from curation.sources import ALPACA, COSMOPEDIA, EIGHT, FINEWEB, LOCAL, MB, MEDQA, OWN, WEB_EDU, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +32,66 @@ class MinHash:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     description: str
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...]  # of two duplicates, the one from the earlier source is kept
     rules: Mapping[str, tuple[Rule, ...]]  # by kind of text, in the order in which they are asked
     minhash: MinHash = MinHash()
+    near_duplicates_across: bool = True  # of the sources, not only within each
+    vocab_size: int = 50_304  # of the tokenizer that is trained where none is given; a multiple of 128
+    tokenizer: str | None = None  # the published one that the recipe is made for, to be given as a file
+    max_characters: int | None = None  # of a document; what is longer is cut at the last space before
+    heldout_percent: float = 3.0
     min_heldout_documents: int = 5  # of each source, however few the percentage gives
+    on_short: Literal["fail", "renormalise"] = "fail"  # when a source has not enough for its budget and epochs
+    purpose: str = "pretraining"
     tokenizer_sample_mb: float = 50  # train the tokenizer on no more text than this
     shard_tokens: int = 1 << 26  # begin a new shard after so many
     task_items: int = 200  # of each kind of evaluation item
 
 
+CODE_RULES = (Readable(), English(max_non_ascii_fraction=0.2), CodeQuality())
+# Pages that a project has cleaned with Gopher's, C4's and its own rules already: what is asked again drops little.
+WEB_RULES = (Readable(), GopherQuality(), English(max_non_ascii_fraction=0.2, min_stop_words=2), GopherRepetition())
+# Papers, books and encyclopaedias: tables, references and headings repeat, and documents may be long.
+LONG_RULES = (
+    Readable(),
+    GopherQuality(max_words=None, max_symbol_ratio=0.2, min_alphabetic_words=0.65),
+    English(max_non_ascii_fraction=0.2, min_stop_words=2),
+    GopherRepetition(
+        max_duplicate_lines=0.40,
+        max_duplicate_line_characters=0.30,
+        max_top_ngram=((2, 0.20), (3, 0.25), (4, 0.25)),
+        max_duplicate_ngram=((5, 0.45), (6, 0.43), (7, 0.41), (8, 0.39), (9, 0.37), (10, 0.35)),
+    ),
+)
+# Questions and answers hold code and lists; formulas are symbols and numbers. Gopher's limits of letters do not fit.
+QA_RULES = (
+    Readable(),
+    GopherQuality(min_words=20, min_alphabetic_words=0.5, max_symbol_ratio=0.3, max_bullet_lines=None),
+    English(max_non_ascii_fraction=0.3, min_stop_words=1),
+)
+MATH_RULES = (
+    Readable(),
+    GopherQuality(min_mean_word_length=2, min_alphabetic_words=0.4, max_symbol_ratio=0.3, max_bullet_lines=None),
+    English(max_non_ascii_fraction=0.3, min_stop_words=2),
+)
+LIGHT_RULES = (Readable(),)  # text of which every document was chosen, or written for the purpose
+
+EIGHT_RULES: dict[str, tuple[Rule, ...]] = {
+    "web": WEB_RULES,
+    "long": LONG_RULES,
+    "wiki": LONG_RULES,
+    "qa": QA_RULES,
+    "code": CODE_RULES,
+    "math": MATH_RULES,
+}
+
 RECIPES = {
     "local": Recipe(
         description="text that every machine with Python has",
         sources=LOCAL,
+        vocab_size=4096,
         rules={
-            "code": (
-                Readable(),
-                English(max_non_ascii_fraction=0.2),
-                CodeQuality(),
-            ),
+            "code": CODE_RULES,
             # Reference documentation, not web pages: tables, signatures and examples are its substance, and a long
             # manual repeats its phrases. Gopher's own limits dropped half of it, good manuals among the first (found
             # by reading); these drop bare lists and boilerplate.
@@ -65,6 +110,53 @@ RECIPES = {
             ),
         },
     ),
+    "eight": Recipe(
+        description="eight sources, 100 billion tokens: web, textbooks, encyclopaedia, science, questions, code, math",
+        sources=EIGHT,
+        rules=EIGHT_RULES,
+        on_short="renormalise",
+        heldout_percent=0.05,
+        min_heldout_documents=200,
+        tokenizer_sample_mb=2000,
+    ),
+    "fineweb-edu-medqa": Recipe(
+        description="educational web pages, and a tenth of medical examination questions as far as their epochs reach",
+        sources=(MEDQA, replace(WEB_EDU, budget_tokens=90_000_000_000)),
+        rules={"web": WEB_RULES, "questions": LIGHT_RULES},
+        tokenizer="Qwen/Qwen2.5-0.5B",
+        on_short="renormalise",
+        heldout_percent=0.05,
+        min_heldout_documents=200,
+    ),
+    "cosmopedia": Recipe(
+        description="synthetic textbooks and stories, 4,000 characters of each at most, 15 % held out",
+        sources=(COSMOPEDIA,),
+        rules={"synthetic": LIGHT_RULES},
+        tokenizer="HuggingFaceTB/SmolLM-135M",
+        max_characters=4000,
+        heldout_percent=15.0,
+    ),
+    "fineweb": Recipe(
+        description="web pages, 100 billion tokens",
+        sources=(FINEWEB,),
+        rules={"web": WEB_RULES},
+        on_short="renormalise",
+        heldout_percent=0.05,
+        min_heldout_documents=200,
+        tokenizer_sample_mb=2000,
+    ),
+    "alpaca": Recipe(
+        description="instructions and responses; not for commercial use",
+        sources=(ALPACA,),
+        rules={"questions": LIGHT_RULES},
+        purpose="fine-tuning only: CC-BY-NC-4.0",
+    ),
+    "own": Recipe(
+        description="a folder of your own text: .txt, .md, JSON lines or parquet with a column `text`",
+        sources=(OWN,),
+        rules={"own": LIGHT_RULES},
+        vocab_size=32_768,
+    ),
 }
 
 
@@ -73,43 +165,137 @@ class Settings:
     """What the user chooses; with the recipe it decides every byte of the data folder but the number of workers."""
 
     recipe: str
-    limit_mb: float | None
+    limit_mb: float | None = None  # of text of each source
     vocab_size: int
     heldout_percent: float
+    tokens: int | None = None  # scale the token budgets of the sources to this sum
+    input: str | None = None  # the folder of the recipe `own`
+    tokenizer: str | None = None  # file of a tokenizer to use; None: train one
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise ValueError(f"unknown recipe {self.recipe!r}; allowed: {', '.join(RECIPES)}")
+        recipe = recipe_of(self.recipe)
         if self.limit_mb is not None and not self.limit_mb > 0:
             raise ValueError(f"--limit-mb {self.limit_mb:g} reads nothing; give a number above 0, or leave it out")
         if not 512 <= self.vocab_size <= 1_000_000:
             raise ValueError(f"--vocab-size {self.vocab_size:,} is not between 512 and 1,000,000")
         if not 0 < self.heldout_percent <= 50:
             raise ValueError(f"--heldout-percent {self.heldout_percent:g} is not above 0 and at most 50")
+        if self.tokens is not None and all(source.budget_tokens is None for source in recipe.sources):
+            raise ValueError(f"--tokens has no effect: recipe {self.recipe} takes all its text; use --limit-mb")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"--tokens {self.tokens:,} is not a number of tokens; give 1 or more, as 250M or 1B")
+        if (self.input is not None) != (self.recipe == "own"):
+            raise ValueError("--input FOLDER goes with --recipe own, and --recipe own needs it")
+        if self.input is not None and not Path(self.input).is_dir():
+            raise ValueError(f"--input {self.input} is not a folder")
+        if self.tokenizer is None and recipe.tokenizer is not None:
+            raise ValueError(
+                f"recipe {self.recipe} is made for the tokenizer of {recipe.tokenizer}: give its tokenizer.json "
+                "with --tokenizer FILE"
+            )
+        if self.tokenizer is not None and not Path(self.tokenizer).is_file():
+            raise ValueError(f"--tokenizer {self.tokenizer} is not a file")
+
+    @classmethod
+    def chosen(cls, recipe: str, **given: Any) -> "Settings":
+        """Settings in which what is None, or not given, is as the recipe says."""
+        defaults = recipe_of(recipe)
+        own = {"vocab_size": defaults.vocab_size, "heldout_percent": defaults.heldout_percent}
+        return cls(recipe=recipe, **(own | {name: value for name, value in given.items() if value is not None}))
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The recipe's sources with the folder, limits and token budgets that were chosen."""
+        sources = RECIPES[self.recipe].sources
+        total = sum(source.budget_tokens or 0 for source in sources)
+        changed = []
+        for source in sources:
+            budget_mb, budget_tokens = source.budget_mb, source.budget_tokens
+            if self.limit_mb is not None:
+                budget_mb = min(self.limit_mb, budget_mb or self.limit_mb)
+            if self.tokens is not None and budget_tokens is not None:
+                budget_tokens = budget_tokens * self.tokens // total
+            folder = os.path.abspath(self.input) if source is OWN and self.input is not None else source.folder
+            changed.append(replace(source, budget_mb=budget_mb, budget_tokens=budget_tokens, folder=folder))
+        return tuple(changed)
 
     def budget_bytes(self, source: Source) -> float:
-        return MB * min(source.budget_mb, self.limit_mb or source.budget_mb)
+        limits = [limit for limit in (source.budget_mb, self.limit_mb) if limit is not None]
+        return MB * min(limits) if limits else float("inf")
 
     def resolved(self) -> dict[str, Any]:
-        """The settings and the recipe, as they go into the manifest: plain JSON values."""
+        """The settings and the recipe, as they go into the manifest: plain JSON values, the same on every machine."""
         recipe = RECIPES[self.recipe]
+        given = asdict(self)
+        given["tokenizer"] = None if self.tokenizer is None else content_of(self.tokenizer)
+        given.pop("input")  # what is in it counts, not where it is
         values = {
-            **asdict(self),
+            **given,
             "min_heldout_documents": recipe.min_heldout_documents,
+            "on_short": recipe.on_short,
+            "max_characters": recipe.max_characters,
+            "near_duplicates_across": recipe.near_duplicates_across,
+            "purpose": recipe.purpose,
             "tokenizer_sample_mb": recipe.tokenizer_sample_mb,
             "shard_tokens": recipe.shard_tokens,
             "task_items": recipe.task_items,
             "minhash": asdict(recipe.minhash),
-            "sources": {
-                source.name: {"kind": source.kind, "budget_mb": self.budget_bytes(source) / MB}
-                for source in recipe.sources
-            },
-            "rules": {
-                kind: [{"rule": type(rule).__name__} | asdict(rule) for rule in rules]
-                for kind, rules in recipe.rules.items()
-            },
+            "sources": {source.name: source_values(source) for source in self.sources},
+            "rules": {kind: [rule_values(rule) for rule in rules] for kind, rules in recipe.rules.items()},
         }
         return json.loads(json.dumps(values))
+
+
+def recipe_of(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; allowed: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def tokens_of(text: str) -> int:
+    """A number of tokens as it is written: 1B, 250M, 10K or plain digits. Raises ValueError."""
+    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
+    try:
+        return int(float(text[:-1] if scale > 1 else text) * scale)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is not a number of tokens; write it as 1B, 250M, 10K or in digits") from None
+
+
+def source_values(source: Source) -> dict[str, Any]:
+    """What of a source decides its documents, and its licence."""
+    return {
+        "kind": source.kind,
+        "licence": source.licence,
+        "repo": source.repo,
+        "revision": source.revision,
+        "paths": source.paths,
+        "text_columns": source.text_columns,
+        "id_column": source.id_column,
+        "budget_mb": source.budget_mb,
+        "budget_tokens": source.budget_tokens,
+        "max_epochs": source.max_epochs,
+        "needed_bytes": None if source.needed_bytes == float("inf") else round(source.needed_bytes),
+    }
+
+
+def rule_values(rule: Rule) -> dict[str, Any]:
+    """Name and thresholds; of fields that name a file (`..._file`) what is in it, not where it is."""
+    fields = asdict(rule)
+    for name in fields:
+        if name.endswith("_file") and fields[name] is not None:
+            fields[name] = content_of(fields[name])
+    return {"rule": type(rule).__name__} | fields
+
+
+def content_of(path: str | Path) -> str:
+    stat = os.stat(path)
+    return sha256_once(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def sha256_once(path: str, size_bytes: int, mtime_ns: int) -> str:
+    """sha256 of a file, read once as long as it stays the same."""
+    return "sha256:" + file_sha256(Path(path))
 
 
 def key_of(values: Any) -> str:
