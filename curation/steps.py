@@ -20,10 +20,10 @@ from datatrove.pipeline.readers.base import BaseReader
 
 from curation.dedup import fingerprint, rank, survivors
 from curation.heldout import choose_heldout, continuation_items, last_word_items
-from curation.mixture import HIGHEST, cut
+from curation.mixture import HIGHEST, cut, plan_mixture, settle
 from curation.readers import read_piece
 from curation.recipe import MinHash
-from curation.shards import SHARD, ShardHeader, file_entry, id_hash, new_file, token_dtype, write_shard
+from curation.shards import SHARD, ShardHeader, file_entry, id_hash, token_dtype, write_shard
 from curation.sources import Source, piece_of
 from curation.tokenizer import load_tokenizer, train_tokenizer
 from curation.work import Progress, committed, planned, read_attempts, task_folder
@@ -110,7 +110,7 @@ class Ledger:
     def values(self, source: str, piece: str) -> dict[str, Any]:
         dropped = sum(entry["documents"] for entry in self.dropped.values())
         if self.documents_in != dropped + self.kept["documents"]:
-            raise AssertionError(f"{piece}: {self.documents_in} documents in, {dropped} + {self.kept} out")
+            raise RuntimeError(f"{piece}: {self.documents_in} documents in, {dropped} + {self.kept['documents']} out")
         return {
             "source": source,
             "piece": piece,
@@ -288,9 +288,7 @@ class DecideFates(PipelineStep):
         counts = [len(p["sizes"]) for p in prints]
         of_source = np.repeat([self.sources.index(source) for source, _ in pieces], counts)
         bands = (np.concatenate([p["keys"][band] for p in prints]) for band in range(len(prints[0]["keys"])))
-        exact, stays = survivors(
-            digests, bands, ranks(of_source, ids, digests), None if self.across else of_source
-        )
+        exact, stays = survivors(digests, bands, ranks(of_source, ids, digests), None if self.across else of_source)
 
         here = np.arange(len(ids))
         fates = np.where(exact != here, EXACT, np.where(stays != here, NEAR, TRAIN)).astype(np.uint8)
@@ -332,8 +330,8 @@ def ranks(of_source: np.ndarray, ids: np.ndarray, digests: np.ndarray) -> np.nda
     Two documents of one source with one id (nobody keeps a source from having them) are told apart by their texts.
     """
     order = rank(of_source, ids[:, 0])
-    _, first, counts = np.unique(order, return_inverse=True, return_counts=True)
-    if (counts == 1).all():
+    ordered = np.sort(order)
+    if not (ordered[1:] == ordered[:-1]).any():
         return order
     return np.argsort(np.lexsort((np.arange(len(ids)), digests[:, 0], ids[:, 1], order))).astype(np.uint64)
 
@@ -355,7 +353,7 @@ def example_pairs(
 
 
 class TrainTokenizer(PipelineStep):
-    """Trains the tokenizer on training documents of the pieces that the plan names: a sample by the hash of the text."""
+    """Trains the tokenizer on training documents of the pieces in the plan: a sample by the hash of the text."""
 
     type = "tokenizer"
     name = "train"
@@ -498,10 +496,11 @@ def encode_or_none(tokenizer: Any, text: str) -> Any:
 
 
 class PlanShards(PipelineStep):
-    """Reads the tables of all pieces and decides the cut of each source and the shards; writes mixture.json.
+    """Reads the tables of all pieces and decides the cut of each source and its shards; writes mixture.json.
 
-    {source: {split: {"documents", "tokens", "text_bytes", "edges": [order, ...]}}, with "over_budget" beside the
-    splits}: shard i of a split holds the documents with edges[i] <= order < edges[i + 1], the last also its end.
+    sources: {source: {split: {"documents", "tokens", "text_bytes", "edges", "last"}, "over_budget": {...}}}, where
+    shard i of a split holds the documents with edges[i] <= order < edges[i + 1], and its last one up to `last`.
+    mixture, messages: as they go into the manifest (mixture.py); empty for a recipe without token budgets.
     """
 
     type = "writer"
@@ -515,46 +514,59 @@ class PlanShards(PipelineStep):
 
     def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
         task = planned(self.plan, rank, world_size)
-        result: dict[str, Any] = {}
-        for source, keys in task.values["pieces"].items():
-            tables = [np.load(task_folder(self.work, "tokens", key) / "table.npz") for key in keys]
-            columns = {
-                name: np.concatenate([table[name] for table in tables])
-                for name in ("fate", "order", "lengths", "text_bytes")
+        budgets = {source: budget for source, (budget, _) in task.values["budgets"].items()}
+        columns = {source: self.columns(keys) for source, keys in task.values["pieces"].items()}
+        mixture = None
+        if budgets:
+            available = {s: int(columns[s][TRAIN]["lengths"].sum()) for s in budgets}
+            caps = {source: cap for source, (_, cap) in task.values["budgets"].items()}
+            mixture = plan_mixture(available, budgets, caps, task.values["on_short"])
+        sources = {}
+        for source, by_fate in columns.items():
+            train, over = by_fate[TRAIN], {"documents": 0, "text_bytes": 0}
+            if source in budgets and len(train["order"]):
+                share = mixture.shares.get(source) if mixture else None
+                below = cut(train["order"], train["lengths"], share.tokens) if share else np.uint64(0)
+                stays = (train["order"] < below) | (below == HIGHEST)
+                over = {"documents": int((~stays).sum()), "text_bytes": int(train["text_bytes"][~stays].sum())}
+                train = {name: column[stays] for name, column in train.items()}
+            sources[source] = {
+                "train": self.shards_of(train),
+                "heldout": self.shards_of(by_fate[HELDOUT]),
+                "over_budget": over,
             }
-            entry: dict[str, Any] = {"over_budget": {"documents": 0, "text_bytes": 0}}
-            for fate, split in ((TRAIN, "train"), (HELDOUT, "heldout")):
-                chosen = columns["fate"] == fate
-                order, lengths, sizes = (columns[name][chosen] for name in ("order", "lengths", "text_bytes"))
-                limit = task.values["budgets"].get(source) if fate == TRAIN else None
-                if limit is not None and len(order):
-                    below = cut(order, lengths.astype(np.int64), limit)
-                    stays = (order < below) | (below == HIGHEST)
-                    over = entry["over_budget"]
-                    over["documents"], over["text_bytes"] = int((~stays).sum()), int(sizes[~stays].sum())
-                    order, lengths, sizes = order[stays], lengths[stays], sizes[stays]
-                entry[split] = {
-                    "documents": len(order),
-                    "tokens": int(lengths.sum()),
-                    "text_bytes": int(sizes.sum()),
-                    "edges": shard_edges(order, lengths, self.shard_tokens),
-                }
-            result[source] = entry
+        result: dict[str, Any] = {"mixture": {}, "messages": []}
+        if mixture:
+            result = settle(mixture, {source: sources[source]["train"]["tokens"] for source in mixture.shares})
         with committed(task_folder(self.work, "mixture", task.key)) as folder:
-            write_json(folder / "mixture.json", result)
+            write_json(folder / "mixture.json", {"sources": sources, **result})
 
+    def columns(self, keys: Sequence[str]) -> dict[int, dict[str, np.ndarray]]:
+        """order, lengths and text_bytes of all documents of these pieces, by fate."""
+        tables = [np.load(task_folder(self.work, "tokens", key) / "table.npz") for key in keys]
+        types = {"order": np.uint64, "lengths": np.int64, "text_bytes": np.int64}
+        return {
+            fate: {
+                name: np.concatenate([np.zeros(0, dtype), *(t[name][t["fate"] == fate].astype(dtype) for t in tables)])
+                for name, dtype in types.items()
+            }
+            for fate in (TRAIN, HELDOUT)
+        }
 
-def shard_edges(order: np.ndarray, lengths: np.ndarray, shard_tokens: int) -> list[int]:
-    """Where each shard begins in the order, and the highest order of all: a shard ends after `shard_tokens`."""
-    if not len(order):
-        return []
-    by_order = np.argsort(order, kind="stable")
-    ordered, ends = order[by_order], np.cumsum(lengths[by_order])
-    marks = np.arange(shard_tokens, int(ends[-1]), shard_tokens)
-    firsts = ordered[np.searchsorted(ends, marks, side="left")]
-    return [int(edge) for edge in np.unique(np.concatenate([ordered[:1], firsts, ordered[-1:]]))] if len(
-        ordered
-    ) > 1 else [int(ordered[0]), int(ordered[0])]
+    def shards_of(self, documents: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Counts, and where each shard begins in the order: a shard ends after `shard_tokens`."""
+        order, lengths = documents["order"], documents["lengths"]
+        by_order = np.argsort(order, kind="stable")
+        ordered, ends = order[by_order], np.cumsum(lengths[by_order])
+        marks = np.arange(self.shard_tokens, int(ends[-1]) if len(ends) else 0, self.shard_tokens)
+        edges = np.unique(np.concatenate([ordered[:1], ordered[np.searchsorted(ends, marks)]]))
+        return {
+            "documents": len(order),
+            "tokens": int(lengths.sum()),
+            "text_bytes": int(documents["text_bytes"].sum()),
+            "edges": edges.tolist(),
+            "last": int(ordered[-1]) if len(ordered) else 0,
+        }
 
 
 # ---- stage "shards"

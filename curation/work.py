@@ -47,7 +47,9 @@ def key_of(values: Any) -> str:
 @cache
 def code_version(*modules: str) -> str:
     """Changes with any line of these modules of this package."""
-    return key_of([hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).hexdigest() for name in modules])
+    return key_of(
+        [hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).hexdigest() for name in modules]
+    )
 
 
 def versions() -> dict[str, str]:
