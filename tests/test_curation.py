@@ -231,9 +231,9 @@ def prose(n_words, seed=0):
 
 def test_ordinary_prose_and_code_break_no_rule():
     for rule in RECIPES["local"].rules["prose"]:
-        assert rule.check(prose(300)) is None
+        assert rule.check(prose(300), {}) is None
     for rule in RECIPES["local"].rules["code"]:
-        assert rule.check(Path(ast.__file__).read_text()) is None
+        assert rule.check(Path(ast.__file__).read_text(), {}) is None
 
 
 REPEATED = prose(40, 1) + "\n"
@@ -274,11 +274,11 @@ REPEATED = prose(40, 1) + "\n"
     ],
 )
 def test_rule_names_what_the_text_breaks(rule, text, broken):
-    assert rule.check(text) == broken
+    assert rule.check(text, {}) == broken
 
 
 def test_threshold_of_none_switches_a_rule_off():
-    assert GopherQuality(min_words=None).check(prose(30)) is None
+    assert GopherQuality(min_words=None).check(prose(30), {}) is None
 
 
 # ---- duplicates

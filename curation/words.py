@@ -1,0 +1,372 @@
+"""The one word split that every rule shares: array operations over a text's characters, no loop over its words.
+
+It imitates the English tokenizer of spaCy, which datatrove's filters use: punctuation at the edges of what stands
+between white space is split off sign by sign; inside, hyphens, commas, colons, slashes and full stops between letters
+part words, and so do the endings n't, 's, 'll, 're, 've, 'd, 'm. Its lists of abbreviations, emoticons and units are
+left out: `python -m curation.audit` counts what that changes.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+
+PIECE_CHARACTERS = 1 << 18  # split so many at a time: the arrays of a piece stay small, however long the text
+SPACE_BEFORE_CUT = re.compile(r"\s")
+
+# What a character is, one bit each.
+SPACE, LETTER, LOWER, UPPER, DIGIT = 1, 2, 4, 8, 16
+OPENS, CLOSES = 32, 64  # a token of its own at the start, at the end of what stands between white space
+QUOTE, ICON, SPECIAL = 128, 256, 512  # SPECIAL: needs a look at its neighbours
+WORDLIKE = 1024  # no sign of punctuation: a token with none of these is no word for Gopher's counts
+
+OPENS_ASCII = frozenset("%=,:;!?()[]{}<>_#*&'\"`$+")
+CLOSES_ASCII = frozenset(",:;!?()[]{}<>_#*&'\"`")
+QUOTES_ASCII = frozenset("'\"`")
+OTHER_EDGES = frozenset("§—–…¿؟¡·।،۔؛٪。？！，、；：～")
+# Signs that datatrove does not count as words, beside those of ASCII and control characters.
+NO_WORD = frozenset(
+    "—–”“„’´»«›‹…►∶１〈〉《》【】（）「」、，。．：；？！～％━"
+    "؞؟۔։܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗｡។៕៖៙៚"
+)
+FACES = (":)", "):", ":(", "(:", ":*", ";)", "(;", "''", ":]", "[:", ":}")  # and the end of a Python header
+N_CHARACTERS = 0x20000  # characters above are rare ideographs: letters
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """The words of a text in order, punctuation included, as arrays with an entry a word."""
+
+    lengths: np.ndarray  # (n,) int64, characters
+    flags: np.ndarray  # (n,) uint16, the bits above of all characters of the word together
+    hashes: np.ndarray  # (n,) uint64, polynomial in RADIX of the characters' numbers
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@lru_cache(maxsize=2)  # all rules of a document ask for the same split
+def words_of(text: str) -> Words:
+    """The split of a text; memory beside the result is bounded, however long the text is."""
+    return joined([split_piece(piece) for piece in pieces(text)])
+
+
+def words_of_list(words: list[str]) -> Words:
+    """The same arrays for words that somebody else has split."""
+    found = []
+    for first in range(0, len(words), PIECE_CHARACTERS // 8):
+        some = words[first : first + PIECE_CHARACTERS // 8]
+        ends = np.cumsum(np.fromiter(map(len, some), np.int64, len(some)))
+        codes = codes_of("".join(some))
+        found.append(measured(codes, flags_of(codes), np.concatenate([[0], ends])))
+    return joined(found)
+
+
+def joined(parts: list[Words]) -> Words:
+    if len(parts) == 1:
+        return parts[0]
+    empty = Words(np.zeros(0, np.int64), np.zeros(0, np.uint16), np.zeros(0, np.uint64))
+    parts = parts or [empty]
+    return Words(
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.flags for part in parts]),
+        np.concatenate([part.hashes for part in parts]),
+    )
+
+
+def pieces(text: str) -> Iterator[str]:
+    """The text in pieces that end before white space; a longer run without any is cut."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        stop = start + PIECE_CHARACTERS
+        space = SPACE_BEFORE_CUT.search(text, stop, stop + PIECE_CHARACTERS)
+        stop = space.start() if space else stop
+        yield text[start:stop]
+        start = stop
+    if start < len(text):
+        yield text[start:]
+
+
+# ---- characters
+
+
+def codes_of(text: str) -> np.ndarray:
+    """(n,) numbers of the characters: uint8 if all are ASCII, else uint32."""
+    if text.isascii():
+        return np.frombuffer(text.encode("ascii"), np.uint8)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def flags_of(codes: np.ndarray) -> np.ndarray:
+    """(n,) uint16, the bits of each character."""
+    if codes.dtype == np.uint8:
+        return ascii_table()[codes]
+    return table()[np.minimum(codes, N_CHARACTERS - 1)]
+
+
+@cache
+def ascii_table() -> np.ndarray:
+    return np.array([flags_of_character(chr(code)) for code in range(256)], np.uint16)
+
+
+@cache
+def table() -> np.ndarray:
+    bits = np.fromiter(map(flags_of_character, map(chr, range(N_CHARACTERS))), np.uint16, N_CHARACTERS)
+    bits[-1] = LETTER | LOWER | UPPER | WORDLIKE
+    return bits
+
+
+def flags_of_character(character: str) -> int:
+    code = ord(character)
+    if character.isspace():
+        return SPACE
+    wordlike = WORDLIKE if code >= 160 or character.isalnum() else 0
+    if character in NO_WORD:
+        wordlike = 0
+    if character.isalpha():
+        upper, lower = character.isupper(), character.islower()
+        cased = upper or lower
+        return LETTER | wordlike | (LOWER if lower or not cased else 0) | (UPPER if upper or not cased else 0)
+    if "0" <= character <= "9":
+        return DIGIT | wordlike
+    if code < 128:
+        opens, closes, quote = character in OPENS_ASCII, character in CLOSES_ASCII, character in QUOTES_ASCII
+        icon = False
+    else:
+        category = unicodedata.category(character)
+        quote = category in ("Pi", "Pf", "Ps", "Pe") or character == "´"
+        icon = category == "So"
+        edge = quote or icon or category == "Sc" or character in OTHER_EDGES
+        opens, closes = edge, edge and category != "Sc" and character != "§"
+        if not edge and character not in "‐‑−²³":
+            return wordlike
+    return (
+        SPECIAL
+        | wordlike
+        | (OPENS if opens else 0)
+        | (CLOSES if closes else 0)
+        | (QUOTE if quote else 0)
+        | (ICON if icon else 0)
+    )
+
+
+# ---- words
+
+
+def split_piece(text: str) -> Words:
+    codes = codes_of(text)
+    flags = flags_of(codes)
+    n = len(codes)
+    inside = np.zeros(n + 2, bool)  # one white space on either side
+    np.equal(flags & SPACE, 0, out=inside[1:-1])
+    bounds = np.zeros(n + 1, bool)  # bounds[i]: a word, or white space, begins at character i
+    np.not_equal(inside[1:], inside[:-1], out=bounds)
+    cut_signs(codes, flags, inside, bounds)
+    bounds[n] = True
+    return measured(codes, flags, np.flatnonzero(bounds))
+
+
+def cut_signs(codes: np.ndarray, flags: np.ndarray, inside: np.ndarray, bounds: np.ndarray) -> None:
+    """Set the bounds that signs of punctuation make; works on the signs alone, a tenth of the characters."""
+    at = np.flatnonzero(flags & SPECIAL)
+    k = len(at)
+    if not k:
+        return
+    signs, bits = codes[at], flags[at]
+    before = np.where(at > 0, flags[at - 1], SPACE)
+    after = np.where(at < len(flags) - 1, flags[np.minimum(at + 1, len(flags) - 1)], SPACE)
+    order = np.arange(k)
+    dot = signs == ord(".")
+    hyphen = (signs == ord("-")) | (signs == 0x2013) | (signs == 0x2014) | (signs == ord("~"))
+
+    # Signs that touch one another make a run; first[i], last[i]: ends of the run of sign i.
+    joins = np.zeros(k + 1, bool)
+    np.equal(at[1:] - at[:-1], 1, out=joins[1:-1])
+    first = np.maximum.accumulate(np.where(joins[:-1], 0, order))
+    last = np.minimum.accumulate(np.where(joins[1:], k - 1, order)[::-1])[::-1]
+    starts_chunk = (before[first] & SPACE) != 0
+    ends_chunk = (after[last] & SPACE) != 0
+
+    # Several full stops in a row are one token.
+    same = np.zeros(k + 1, bool)
+    np.logical_and(joins[1:-1], dot[1:] & dot[:-1], out=same[1:-1])
+    ellipsis = same[:-1] | same[1:]
+
+    opens = (bits & OPENS) != 0
+    opens &= (signs != ord("+")) | ((after & DIGIT) == 0)
+    opens |= ellipsis
+    barrier = np.maximum.accumulate(np.where(opens, -1, order))  # the last sign that stops what opens a chunk
+    leading = starts_chunk & opens & (barrier < first)
+
+    closes = (bits & CLOSES) != 0
+    after_digit = (before & DIGIT) != 0
+    closes |= after_digit & ((signs == ord("%")) | (signs == ord("+")) | (signs == ord("$")))
+    two_before = np.where(at > 1, flags[at - 2], 0)
+    full_stop = (before & (DIGIT | CLOSES)) != 0
+    full_stop |= ((before & LOWER) != 0) & ((two_before & (LETTER | DIGIT)) != 0)  # not "p." and not "e.g."
+    full_stop |= ((before & UPPER) != 0) & ((two_before & UPPER) != 0)
+    previous = np.zeros_like(signs)
+    previous[1:] = np.where(joins[1:-1], signs[:-1], 0)
+    full_stop |= (previous == ord("%")) | (previous == ord("+")) | (previous == ord("-"))
+    closes |= dot & full_stop
+    closes |= ellipsis
+    barrier = np.minimum.accumulate(np.where(closes, k, order)[::-1])[::-1]
+    trailing = ends_chunk & closes & (barrier > last)
+
+    # Inside a chunk.
+    alphanumeric = LETTER | DIGIT
+    letter_before, letter_after = (before & LETTER) != 0, (after & LETTER) != 0
+    infix = (signs == ord(",")) & letter_before & letter_after
+    infix |= dot & ((before & (LOWER | QUOTE)) != 0) & ((after & (UPPER | QUOTE)) != 0)
+    colon = (signs == ord(":")) | (signs == ord("/")) | (signs == ord("=")) | (signs == ord("<")) | (signs == ord(">"))
+    infix |= colon & ((before & alphanumeric) != 0) & letter_after
+    arithmetic = (signs == ord("-")) | (signs == ord("+")) | (signs == ord("*")) | (signs == ord("^"))
+    following = np.zeros_like(signs)
+    following[:-1] = np.where(joins[1:-1], signs[1:], 0)
+    infix |= arithmetic & after_digit & (((after & DIGIT) != 0) | (following == ord("-")))
+    # A run of one to three hyphens between letters is one token.
+    dash = hyphen & ~leading & ~trailing
+    whole = np.flatnonzero(dash & (first == order) & (last - order < 3))
+    ends = last[whole]
+    whole, ends = whole[hyphen[ends]], ends[hyphen[ends]]
+    whole_ok = ((before[whole] & alphanumeric) != 0) & ((after[ends] & LETTER) != 0)
+    whole, ends = whole[whole_ok], ends[whole_ok]
+
+    at_url = url_signs(at, signs, leading, np.flatnonzero(bounds[:-1] & inside[1:-1]))
+    if at_url is not None:
+        infix &= ~at_url
+        keep = ~at_url[whole]
+        whole, ends = whole[keep], ends[keep]
+
+    alone = leading | trailing | infix | ((bits & ICON) != 0)
+    alone |= ellipsis
+    begins = alone & ~same[:-1]
+    finishes = alone & ~same[1:]
+    face = joins[1:-1] & alone[1:] & alone[:-1] & face_table()[np.minimum(signs[:-1], 127), np.minimum(signs[1:], 127)]
+    face[1:] &= ~face[:-1]
+    begins[1:] &= ~face
+    finishes[:-1] &= ~face
+    bounds[at[begins]] = True
+    bounds[at[finishes] + 1] = True
+    bounds[at[whole]] = True
+    bounds[at[ends] + 1] = True
+    cut_contractions(codes, flags, at[(signs == ord("'")) | (signs == 0x2019)], bounds)
+
+
+@cache
+def face_table() -> np.ndarray:
+    """(128, 128) bool: pairs of signs that are one token."""
+    table = np.zeros((128, 128), bool)
+    for one, two in FACES:
+        table[ord(one), ord(two)] = True
+    return table
+
+
+def url_signs(at: np.ndarray, signs: np.ndarray, leading: np.ndarray, chunk_starts: np.ndarray) -> np.ndarray | None:
+    """(k,) whether a sign stands in a chunk that begins as an address does, which stays whole; None if none does."""
+    colons = np.flatnonzero(signs == ord(":"))
+    colons = colons[colons < len(at) - 2]
+    colons = colons[(signs[colons + 1] == ord("/")) & (signs[colons + 2] == ord("/"))]
+    colons = colons[at[colons + 2] - at[colons] == 2]
+    if not len(colons):
+        return None
+    chunk = np.searchsorted(chunk_starts, at, "right")
+    opened = np.concatenate([[True], leading])[colons]  # the sign before it is split off, or stands in another chunk
+    colons = colons[(colons == 0) | opened | (chunk[colons - 1] != chunk[colons])]
+    return np.isin(chunk, chunk[colons])
+
+
+def cut_contractions(codes: np.ndarray, flags: np.ndarray, quotes: np.ndarray, bounds: np.ndarray) -> None:
+    """Bounds before n't, 's, 'll, 're, 've, 'd and 'm at the end of a word."""
+    n = len(codes)
+    quotes = quotes[(quotes > 0) & (quotes < n - 1)]
+    quotes = quotes[(flags[quotes - 1] & LETTER) != 0]
+    if not len(quotes):
+        return
+    one = codes[quotes + 1] | 0x20
+    two = np.where(quotes + 2 < n, codes[np.minimum(quotes + 2, n - 1)] | 0x20, 0)
+    letter = np.concatenate([flags & (LETTER | DIGIT), np.zeros(2, flags.dtype)]) != 0
+    ends_after_one = ~letter[quotes + 2]
+    ends_after_two = ~letter[np.minimum(quotes + 3, n)]
+    short = ends_after_one & ((one == ord("s")) | (one == ord("d")) | (one == ord("m")))
+    long = ends_after_two & (
+        ((one == ord("l")) & (two == ord("l"))) | ((two == ord("e")) & ((one == ord("r")) | (one == ord("v"))))
+    )
+    bounds[quotes[short | long]] = True
+    negation = ends_after_one & (one == ord("t")) & ((codes[quotes - 1] | 0x20) == ord("n"))
+    bounds[quotes[negation] - 1] = True
+
+
+# ---- hashes of characters and of runs of words
+
+RADIX = 0x9E3779B97F4A7C15  # odd: it has an inverse, so that a hash does not depend on where a word stands
+INVERSE = pow(RADIX, -1, 1 << 64)
+LOW_BITS = 12
+
+
+def measured(codes: np.ndarray, flags: np.ndarray, bounds: np.ndarray) -> Words:
+    """Words from each bound to the next one; those of white space are left out. bounds (m,): first 0, last n."""
+    starts = bounds[:-1]
+    if not len(starts):
+        return Words(np.zeros(0, np.int64), np.zeros(0, np.uint16), np.zeros(0, np.uint64))
+    word = (flags[starts] & SPACE) == 0
+    kinds = np.bitwise_or.reduceat(flags, starts)[word]
+    powers, inverses = piece_powers()
+    if len(codes) > len(powers):  # words of somebody else's split, longer than any piece
+        powers, inverses = powers_up_to(len(codes), RADIX), powers_up_to(len(codes), INVERSE)
+    sums = np.add.reduceat(codes * powers[: len(codes)], starts)[word]
+    return Words(np.diff(bounds)[word].astype(np.int64), kinds, sums * inverses[starts[word]])
+
+
+@cache
+def piece_powers() -> tuple[np.ndarray, np.ndarray]:
+    return powers_up_to(2 * PIECE_CHARACTERS, RADIX), powers_up_to(2 * PIECE_CHARACTERS, INVERSE)
+
+
+def powers_up_to(n: int, base: int) -> np.ndarray:
+    """(n,) uint64: base to the power of 0 to n-1, modulo 2^64."""
+    powers = np.full(n, base, np.uint64)
+    powers[:1] = 1
+    return np.cumprod(powers, dtype=np.uint64)
+
+
+@cache
+def short_powers(base: int) -> tuple[np.ndarray, np.ndarray]:
+    """base to the power of i, and of i * 2^LOW_BITS, for i below 2^LOW_BITS and 2^14."""
+    return powers_up_to(1 << LOW_BITS, base), powers_up_to(1 << 14, pow(base, 1 << LOW_BITS, 1 << 64))
+
+
+def power(base: int, exponents: np.ndarray) -> np.ndarray:
+    """uint64: base to the power of the exponents (below 2^26), modulo 2^64."""
+    low, high = short_powers(base)
+    if not len(exponents) or exponents[-1] < len(low):  # they grow
+        return low[exponents]
+    return low[exponents & (len(low) - 1)] * high[exponents >> LOW_BITS]
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """Hashes of runs of words, equal where the words put together with `gap` characters between them are equal."""
+
+    offsets: np.ndarray  # (n + 1,) int64: characters before each word, gaps included
+    sums: np.ndarray  # (n + 1,) uint64
+    inverses: np.ndarray  # (n + 1,) uint64
+
+    def keys(self, n: int) -> np.ndarray:
+        """(len(words) - n + 1,) uint64, one for each run of n words."""
+        return (self.sums[n:] - self.sums[:-n]) * self.inverses[:-n]
+
+    def characters(self, n: int) -> np.ndarray:
+        """(len(words) - n + 1,) int64: characters of each run of n words, with the gap after the last one."""
+        return self.offsets[n:] - self.offsets[:-n]
+
+
+def sequence(words: Words, gap: int) -> Sequence:
+    offsets = np.zeros(len(words) + 1, np.int64)
+    np.cumsum(words.lengths + gap, out=offsets[1:])
+    sums = np.zeros(len(words) + 1, np.uint64)
+    np.cumsum(words.hashes * power(RADIX, offsets[:-1]), out=sums[1:])
+    return Sequence(offsets, sums, power(INVERSE, offsets))
