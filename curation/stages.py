@@ -66,18 +66,7 @@ from curation.work import Task, code_version, key_of, task_folder, versions
 from curation.workers import Worker
 
 PARTS = ("train", "heldout", "tasks", "dropped")  # folders of a data folder, beside the tokenizer and the manifest
-READING = (
-    "readers",
-    "sources",
-    "hub",
-    "local_text",
-    "extract",
-    "filters",
-    "decontaminate",
-    "quality",
-    "dedup",
-    "steps",
-)
+READING = ("readers", "sources", "hub", "local_text", "extract", "filters", "words", "decontaminate", "dedup", "steps")
 
 NAMES = ("read", "duplicates", "tokenizer", "tokens", "mixture", "shards", "texts")
 
@@ -209,10 +198,10 @@ class Run:
             for source, plan in self.mixture["sources"].items():
                 keys = [task.key for task in self.token_tasks[source]]
                 firsts = plan[split]["edges"]
-                lasts = [first - 1 for first in firsts[1:]] + [plan[split]["last"]]
+                lasts = [first - 1 for first in firsts[1:]] + [plan[split]["last"]] * bool(firsts)
                 size = plan[split]["tokens"] * width // max(len(firsts), 1)
                 tasks = []
-                for first, last in zip(firsts, lasts, strict=bool(firsts)):
+                for first, last in zip(firsts, lasts, strict=True):
                     values = {"source": source, "split": split, "pieces": keys, "from": first, "to": last}
                     key = key_of([values, vars(self.header), code_version("shards", "steps")])
                     tasks.append(Task(key=key, size_bytes=size, values=values))

@@ -5,6 +5,7 @@ executor; the first step of a pipeline reads the plan, the last one makes the ta
 """
 
 import gzip
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_packed(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a .jsonl.zst, a few at a time in memory."""
-    with zstandard.open(path, "rb") as file:
+    with zstandard.open(path, "rb") as stream, io.BufferedReader(stream) as file:
         yield from map(orjson.loads, file)
 
 
@@ -305,7 +306,7 @@ class DecideFates(PipelineStep):
         edges = np.cumsum([0, *counts])
         with committed(task_folder(self.work, "duplicates", task.key)) as folder:
             hashes = {}
-            for (_, key), start, stop in zip(pieces, edges, edges[1:], strict=True):
+            for (_, key), start, stop in zip(pieces, edges[:-1], edges[1:], strict=True):
                 path = folder / f"{key}.npz"
                 np.savez(path, fates=fates[start:stop], stays=kept[start:stop])
                 hashes[key] = file_entry(path)["sha256"]
