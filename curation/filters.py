@@ -11,7 +11,7 @@ Learning", arXiv:1910.10683, section 2.2. FineWeb: arXiv:2406.17557, section 3.6
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -21,12 +21,11 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from curation.words import LETTER, WORDLIKE, Sequence, Words, sequence, words_of, words_of_list
+from curation.words import LETTER, WORDLIKE, Words, WordSums, word_sums, words_of, words_of_list
 
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 IDENTIFIER = re.compile(r"[^\W_]\w*")
 PARAGRAPH_BREAK = re.compile(r"\n{2,}")
-LINE_BREAK = re.compile(r"\n+")
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")  # Gopher
 BULLETS = ("-", "\u2022")
@@ -260,11 +259,11 @@ class GopherRepetition:
         for unit, elements, max_fraction, max_characters in (
             (
                 "paragraph",
-                PARAGRAPH_BREAK.split(text.strip()),
+                paragraphs_of(text),
                 self.max_duplicate_paragraphs,
                 self.max_duplicate_paragraph_characters,
             ),
-            ("line", LINE_BREAK.split(text), self.max_duplicate_lines, self.max_duplicate_line_characters),
+            ("line", lines_of(text), self.max_duplicate_lines, self.max_duplicate_line_characters),
         ):
             n_duplicates, duplicate_characters = duplicates(elements)
             if max_fraction is not None and n_duplicates > max_fraction * len(elements):
@@ -274,16 +273,16 @@ class GopherRepetition:
 
         words = split.words(text)
         if self.max_top_ngram:
-            spaced = sequence(words, gap=1)
+            spaced = word_sums(words, gap=1)
             for n, limit in self.max_top_ngram:
                 if top_ngram_characters(spaced, n, limit * len(text)) > limit * len(text):
                     return f"top_{n}gram"
         if self.max_duplicate_ngram:
-            joined = sequence(words, gap=0)
+            joined = word_sums(words, gap=0)
             smallest_n = min(n for n, _ in self.max_duplicate_ngram)
-            smallest_limit = min(limit for _, limit in self.max_duplicate_ngram)
             # Words in longer repeated runs are in shorter ones too.
-            if repeated_characters(joined, smallest_n) > smallest_limit * len(text):
+            limit = min(limit for _, limit in self.max_duplicate_ngram) * len(text)
+            if repeated_characters(joined, smallest_n, limit) > limit:
                 for n, limit in self.max_duplicate_ngram:
                     if duplicate_ngram_characters(joined, n, limit * len(text)) > limit * len(text):
                         return f"duplicate_{n}gram"
@@ -302,6 +301,18 @@ class GopherRepetition:
         )
 
 
+def paragraphs_of(text: str) -> list[str]:
+    """What blank lines part."""
+    text = text.strip()
+    return PARAGRAPH_BREAK.split(text) if "\n\n\n" in text else text.split("\n\n")
+
+
+def lines_of(text: str) -> list[str]:
+    """What line breaks part; no empty ones but before the first and behind the last break."""
+    first, *others = text.split("\n")
+    return [first, *filter(None, others[:-1]), *others[-1:]]
+
+
 def duplicates(elements: list[str]) -> tuple[int, int]:
     """How many elements were there before, and their characters."""
     if len(set(elements)) == len(elements):
@@ -317,7 +328,7 @@ def duplicates(elements: list[str]) -> tuple[int, int]:
     return count, characters
 
 
-def top_ngram_characters(words: Sequence, n: int, limit: float) -> float:
+def top_ngram_characters(words: WordSums, n: int, limit: float) -> float:
     """Characters in all occurrences of the commonest n-gram, spaces included, the first one where several are.
 
     Gives 0 without a closer look where no n-gram can pass `limit`.
@@ -336,25 +347,29 @@ def top_ngram_characters(words: Sequence, n: int, limit: float) -> float:
     return best * int(characters[first])
 
 
-def repeated_characters(words: Sequence, n: int) -> int:
-    """Characters of the words that lie in an n-gram that occurred before; each word counts once."""
+def repeated_characters(words: WordSums, n: int, limit: float) -> int:
+    """Characters of the words that lie in an n-gram that occurred before; each word counts once.
+
+    Gives a bound instead of the number where the bound is within `limit`.
+    """
     keys = words.keys(n)
-    if len(keys) < 2:
+    if not len(keys):
         return 0
     sorted_keys = np.sort(keys)
-    if (sorted_keys[1:] != sorted_keys[:-1]).all():
-        return 0
-    starts = np.flatnonzero(occurred_before(keys))
+    again = sorted_keys[1:][sorted_keys[1:] == sorted_keys[:-1]]
+    bound = len(again) * int(words.characters(n).max())
+    if bound <= limit:
+        return bound
+    starts = again_at(keys, again)
     return int(words.offsets[union_ends(starts, n)].sum() - words.offsets[union_starts(starts, n)].sum())
 
 
-def occurred_before(keys: np.ndarray) -> np.ndarray:
-    """(n,) bool: whether an equal key stands further ahead."""
-    order = np.argsort(keys, kind="stable")
-    again = np.zeros(len(keys), bool)
+def again_at(keys: np.ndarray, repeated: np.ndarray) -> np.ndarray:
+    """Where keys stand that stood further ahead already. repeated: the sorted keys that occur more than once."""
+    places = np.flatnonzero(repeated[np.minimum(np.searchsorted(repeated, keys), len(repeated) - 1)] == keys)
+    order = places[np.argsort(keys[places], kind="stable")]
     in_order = keys[order]
-    again[order[1:]] = in_order[1:] == in_order[:-1]
-    return again
+    return np.sort(order[1:][in_order[1:] == in_order[:-1]])
 
 
 def union_starts(starts: np.ndarray, n: int) -> np.ndarray:
@@ -366,12 +381,12 @@ def union_ends(starts: np.ndarray, n: int) -> np.ndarray:
     return starts[np.append(np.diff(starts) > n, True)] + n
 
 
-def duplicate_ngram_characters(words: Sequence, n: int, limit: float) -> int:
+def duplicate_ngram_characters(words: WordSums, n: int, limit: float) -> int:
     """Characters of n-grams that occurred before, read from left to right, on from the end of each that did.
 
     Gives a bound instead of the number where the bound is within `limit`.
     """
-    bound = repeated_characters(words, n)
+    bound = repeated_characters(words, n, limit)
     if bound <= limit:
         return bound
     keys = words.keys(n).tolist()
@@ -744,8 +759,9 @@ class Url:
 
     def stock(self) -> Any:
         from datatrove.pipeline.filters import URLFilter
+        from tldextract import TLDExtract
 
-        return URLFilter(
+        step = URLFilter(
             soft_word_threshold=self.max_soft_words + 1,
             extra_domains=self.domains_file and Path(self.domains_file).read_text().split("\n")[:-1],
             extra_urls=self.urls_file and Path(self.urls_file).read_text().split("\n")[:-1],
@@ -754,6 +770,8 @@ class Url:
             banned_subwords=listed_words(self.subwords_file, BAD_SUBWORDS if self.built_in else ()),
             use_integrated_lists=False,
         )
+        step.tldextractor = TLDExtract(suffix_list_urls=())  # the list of suffixes it has, not one from the network
+        return step
 
 
 @cache
@@ -814,3 +832,47 @@ class CodeQuality:
         if GENERATED.search("\n".join(head)):
             return "generated"
         return None
+
+
+# ---- chains
+
+# FineWeb in its order, without the extraction of text: datatrove's examples/fineweb.py.
+FINEWEB: tuple[Rule | Rewrite, ...] = (
+    Url(),
+    Language(),
+    GopherRepetition(),
+    GopherQuality(),
+    C4Lines(terminal_punctuation=False),
+    C4Quality(),
+    FineWebQuality(),
+    PersonalData(),
+)
+
+
+def stock_of(rules: Sequence[Rule | Rewrite]) -> list[Any]:
+    """datatrove's filters and formatters in the place of the rules that have one; the others as they are.
+
+    C4Lines with C4Quality behind it is one filter there. Needs datatrove's extra `multilingual` (spaCy).
+    """
+    from datatrove.pipeline.filters import C4QualityFilter
+
+    steps: list[Any] = []
+    for i, rule in enumerate(rules):
+        if isinstance(rule, C4Quality) and i and isinstance(rules[i - 1], C4Lines):
+            lines, page = steps.pop(), rule.stock()
+            steps.append(
+                C4QualityFilter(
+                    remove_citations=lines.remove_citations,
+                    filter_no_terminal_punct=lines.filter_no_terminal_punct,
+                    min_num_sentences=page.min_num_sentences,
+                    min_words_per_line=lines.min_words_per_line,
+                    max_word_length=lines.max_word_length,
+                    filter_lorem_ipsum=page.filter_lorem_ipsum,
+                    filter_javascript=lines.filter_javascript,
+                    filter_curly_bracket=page.filter_curly_bracket,
+                    filter_policy=lines.filter_policy,
+                )
+            )
+        else:
+            steps.append(rule.stock() if hasattr(rule, "stock") else rule)
+    return steps

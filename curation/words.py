@@ -159,14 +159,29 @@ def flags_of_character(character: str) -> int:
 def split_piece(text: str) -> Words:
     codes = codes_of(text)
     flags = flags_of(codes)
+    return measured(codes, flags, bounds_of(codes, flags))
+
+
+def texts_of(text: str) -> list[str]:
+    """The words themselves, for whoever wants to read them."""
+    words = []
+    for piece in pieces(text):
+        codes = codes_of(piece)
+        bounds = bounds_of(codes, flags_of(codes)).tolist()
+        words += [piece[i:j] for i, j in zip(bounds, bounds[1:], strict=False) if not piece[i].isspace()]
+    return words
+
+
+def bounds_of(codes: np.ndarray, flags: np.ndarray) -> np.ndarray:
+    """(m,) where each word, and each stretch of white space, begins: from 0 on, and last the number of characters."""
     n = len(codes)
     inside = np.zeros(n + 2, bool)  # one white space on either side
     np.equal(flags & SPACE, 0, out=inside[1:-1])
     bounds = np.zeros(n + 1, bool)  # bounds[i]: a word, or white space, begins at character i
     np.not_equal(inside[1:], inside[:-1], out=bounds)
     cut_signs(codes, flags, inside, bounds)
-    bounds[n] = True
-    return measured(codes, flags, np.flatnonzero(bounds))
+    bounds[0] = bounds[n] = True
+    return np.flatnonzero(bounds)
 
 
 def cut_signs(codes: np.ndarray, flags: np.ndarray, inside: np.ndarray, bounds: np.ndarray) -> None:
@@ -260,8 +275,8 @@ def cut_signs(codes: np.ndarray, flags: np.ndarray, inside: np.ndarray, bounds: 
 def face_table() -> np.ndarray:
     """(128, 128) bool: pairs of signs that are one token."""
     table = np.zeros((128, 128), bool)
-    for one, two in FACES:
-        table[ord(one), ord(two)] = True
+    for face in FACES:
+        table[ord(face[0]), ord(face[1])] = True
     return table
 
 
@@ -348,7 +363,7 @@ def power(base: int, exponents: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Sequence:
+class WordSums:
     """Hashes of runs of words, equal where the words put together with `gap` characters between them are equal."""
 
     offsets: np.ndarray  # (n + 1,) int64: characters before each word, gaps included
@@ -364,9 +379,9 @@ class Sequence:
         return self.offsets[n:] - self.offsets[:-n]
 
 
-def sequence(words: Words, gap: int) -> Sequence:
+def word_sums(words: Words, gap: int) -> WordSums:
     offsets = np.zeros(len(words) + 1, np.int64)
     np.cumsum(words.lengths + gap, out=offsets[1:])
     sums = np.zeros(len(words) + 1, np.uint64)
     np.cumsum(words.hashes * power(RADIX, offsets[:-1]), out=sums[1:])
-    return Sequence(offsets, sums, power(INVERSE, offsets))
+    return WordSums(offsets, sums, power(INVERSE, offsets))
