@@ -101,7 +101,7 @@ RECIPES = {
             # by reading); these drop bare lists and boilerplate.
             "prose": (
                 Readable(),
-                GopherQuality(min_alphabetic_words=0.65),
+                GopherQuality(min_alphabetic_words=0.4),
                 English(max_non_ascii_fraction=0.2, min_stop_words=2),
                 GopherRepetition(
                     max_duplicate_lines=0.40,
@@ -199,6 +199,10 @@ class Settings:
             raise ValueError(
                 f"recipe {self.recipe} is made for the tokenizer of {recipe.tokenizer}: give its tokenizer.json "
                 "with --tokenizer FILE"
+            )
+        if unknown := set(self.stock) - {"filters"}:
+            raise ValueError(
+                f"--stock {min(unknown)} is not a step that datatrove's own can do here; allowed: filters"
             )
         if self.tokenizer is not None and not Path(self.tokenizer).is_file():
             raise ValueError(f"--tokenizer {self.tokenizer} is not a file")

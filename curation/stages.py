@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from curation.executors import Group, Share, Stage, run_local
+from curation.filters import stock_of
 from curation.inputs import inputs_key
 from curation.recipe import RECIPES, Settings, rule_values, source_values
 from curation.shards import (
@@ -273,10 +275,11 @@ class Run:
         ledger = Ledger(self.recipe.keep_dropped)
         rules = self.settings.rules(source)
         steps: list[PipelineStep] = [ApplyRules(rules, ledger)]
-        if (
-            "filters" in self.settings.stock
-        ):  # datatrove's own, where there is one; they hand what they drop to the ledger
-            steps = [rule.stock(ledger) if hasattr(rule, "stock") else ApplyRules((rule,), ledger) for rule in rules]
+        if "filters" in self.settings.stock:  # each hands what it drops to the ledger, as ours do
+            steps = [s if isinstance(s, PipelineStep) else ApplyRules((s,), ledger) for s in stock_of(rules)]
+            for step in steps:
+                if isinstance(step, BaseFilter):
+                    step.exclusion_writer = ledger  # type: ignore[assignment]
         return [
             PieceReader(source, self.work, plan, ledger),
             *steps,
