@@ -42,6 +42,11 @@ UNIT_WORDS = 32  # a long passage is cut into units of this length, so that a pa
 MIN_EVIDENCE = 28.0  # nats; drops 0.1 % of 26,000 clean documents at 24, 0.05 % at 28 (bench_decontaminate.py)
 RAREST = 10.0  # nats in a word that a single item has, however many items there are
 MIN_STEM = 0.6  # of a short question has to be there before its answer is looked for
+COMMON = """a about after all also an and any are as at be because been before best but by can could did do does each
+    first following for from had has have he her him his how i if in into is it its like make many may me more most my
+    new no not now of on one only or other our out over s said she should so some such than that the their them then
+    there these they this time to two up use was we were what when where which who will with would you your"""
+MAX_COMMON = 2.0  # nats in such a word: a few items cannot tell how common it is
 TAIL_SLACK = 24  # words between a question and its choices, and among these, beyond twice their own number
 MAX_POSTINGS = 64  # a run of words that occurs at more places of the items says nothing: "which of the following is"
 CHUNK_CHARACTERS = 1 << 18  # a document is looked through in chunks, which bounds memory
@@ -214,7 +219,7 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-CODE_POINTS = 0x20000  # those above (rare CJK, private use) count as one and the same letter
+CODE_POINTS = 0x20000  # those above (rare ideographs) count as one and the same letter
 RATIO = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 
 
@@ -238,6 +243,7 @@ def folding() -> tuple[np.ndarray, np.ndarray, dict[int, list[int]]]:
             letters[code] = numbers[0]
         elif numbers:
             several[code] = numbers
+    letters[-1] = CODE_POINTS  # stands for all those above
     return hashed_letters(letters), counts, several
 
 
@@ -366,6 +372,8 @@ def build_index(items: Iterable[Item], path: Path) -> dict[str, dict[str, int]]:
     vocabulary, frequency = np.unique(np.concatenate([np.zeros(0, np.uint64), *per_item]), return_counts=True)
     information = np.log((1 + len(items)) / (1 + frequency)) * RAREST / max(np.log((1 + len(items)) / 2), 1e-9)
     information[np.isin(vocabulary, words_of(" ".join([*map(str, range(1000)), *ascii_lowercase])))] /= 2  # tables
+    common = np.isin(vocabulary, words_of(COMMON))
+    information[common] = np.minimum(information[common], MAX_COMMON)
 
     def weigh(words: np.ndarray) -> np.ndarray:
         """The information of each word of a unit; what stands there several times counts once, in equal parts."""
