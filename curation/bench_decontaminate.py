@@ -237,7 +237,7 @@ def run_contests(corpus: Path, folder: Path) -> Iterator[Contest]:
         target="at least 10",
         reached=speed >= 10,
         note=f"ours on {n_bytes / 1e6:.0f} MB, on the peer's {sample_bytes / 1e6:.1f} MB with the start "
-        f"{sample_bytes / 1e6 / ours_again.cpu_s:.1f}; peak memory with the documents {measured.peak_rss_mb:.0f} MB; "
+        f"{sample_bytes / 1e6 / ours_again.cpu_s:.1f}; peak memory {ours_again.peak_rss_mb:.0f} MB; "
         f"index {size / 1e6:.1f} MB of {n_items:,} items, {too_short:,} of them too short",
     )
     shipped = peer_as_shipped()

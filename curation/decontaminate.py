@@ -9,18 +9,19 @@ passage in each line), below a folder, or under a name, that begins with the ben
 benchmarks need the columns stem, choices, answer, passage.
 
 How it works. Text becomes words: letters and digits, lower case, without accents; everything else separates, so that
-punctuation, spacing and typography make no difference. Each item becomes units of about UNIT_WORDS words, and the
-index knows where every run of NGRAM words occurs in them. A unit is found in a document where, within twice its
-length, such runs cover `min_score` of its words, each weighed by its rarity among the items (IDF). A question with
-less than MIN_INFORMATION in it ("What is the capital of France?") counts only with its answer, or its choices, close
-behind. The idea of weighing n-gram overlap by IDF, questions and answers apart, is decon's
-(github.com/allenai/decon).
+punctuation, spacing and typography make no difference. Each word has an information in nats: its rarity among the
+items (IDF). Each item becomes units of about UNIT_WORDS words, and the index knows where every run of NGRAM words
+occurs in them. Where such runs cover c nats of a unit of t nats, within twice its length of a document, the evidence
+that it was copied is c * c / t: all of a short question says as much as a half of a longer one. A question that says
+little ("What is the capital of France?") is looked for together with the answer, or the choices, that follow it. The
+idea of weighing n-gram overlap by IDF, questions and answers apart, is decon's (github.com/allenai/decon).
 """
 
 import argparse
 import gzip
 import io
 import json
+import re
 import sys
 import unicodedata
 from collections import defaultdict
@@ -28,6 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -37,12 +39,20 @@ from curation.shards import new_file
 FORMAT = 1
 NGRAM = 5  # words in a run that is looked up
 UNIT_WORDS = 32  # a long passage is cut into units of this length, so that a part of it is found, too
-MIN_INFORMATION = 45.0  # nats, the sum of the words' IDF
+MIN_EVIDENCE = 28.0  # nats; drops 0.1 % of 26,000 clean documents at 24, 0.05 % at 28 (bench_decontaminate.py)
+RAREST = 10.0  # nats in a word that a single item has, however many items there are
+MIN_STEM = 0.6  # of a short question has to be there before its answer is looked for
+COMMON = """a about after all also an and any are as at be because been before best but by can could did do does each
+    first following for from had has have he her him his how i if in into is it its like make many may me more most my
+    new no not now of on one only or other our out over s said she should so some such than that the their them then
+    there these they this time to two up use was we were what when where which who will with would you your"""
+MAX_COMMON = 2.0  # nats in such a word: a few items cannot tell how common it is
 TAIL_SLACK = 24  # words between a question and its choices, and among these, beyond twice their own number
 MAX_POSTINGS = 64  # a run of words that occurs at more places of the items says nothing: "which of the following is"
 CHUNK_CHARACTERS = 1 << 18  # a document is looked through in chunks, which bounds memory
 OVERLAP_CHARACTERS = 1 << 13  # what is found across the edge of a chunk is no longer than this
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+HEADING = re.compile(r"=.*=")  # of an article of WikiText: no passage
 
 Row = Mapping[str, Any]
 
@@ -160,7 +170,8 @@ def make_item(benchmark: str, columns: Columns, file: str, number: int, row: Row
     stems = [stem] if stem.strip() else []
     if columns.blank and answer:
         stems.append(stem.replace(columns.blank, answer))
-    passages = tuple(str(text) for name in columns.passages if (text := column(row, name)) and str(text).strip())
+    texts = (str(column(row, name) or "").strip() for name in columns.passages)
+    passages = tuple(text for text in texts if text and not HEADING.fullmatch(text))
     return Item(
         benchmark=benchmark,
         file=file,
@@ -208,7 +219,7 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-CODE_POINTS = 0x20000  # those above (rare CJK, private use) count as one and the same letter
+CODE_POINTS = 0x20000  # those above (rare ideographs) count as one and the same letter
 RATIO = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 
 
@@ -232,6 +243,7 @@ def folding() -> tuple[np.ndarray, np.ndarray, dict[int, list[int]]]:
             letters[code] = numbers[0]
         elif numbers:
             several[code] = numbers
+    letters[-1] = CODE_POINTS  # stands for all those above
     return hashed_letters(letters), counts, several
 
 
@@ -328,6 +340,12 @@ def words_of(text: str) -> np.ndarray:
 # ---- the index
 
 
+def cut(words: np.ndarray) -> list[np.ndarray]:
+    """Units of one length as near to UNIT_WORDS as may be."""
+    n = max(round(len(words) / UNIT_WORDS), 1)
+    return np.array_split(words, n) if n > 1 else [words]
+
+
 def build_index(items: Iterable[Item], path: Path) -> dict[str, dict[str, int]]:
     """Write the index of the items; the same items in the same order give the same bytes.
 
@@ -340,29 +358,36 @@ def build_index(items: Iterable[Item], path: Path) -> dict[str, dict[str, int]]:
             [words_of(stem) for stem in item.stems],
             words_of(item.answer),
             words_of("\n".join(item.choices)),
+            words_of(
+                "\n".join(f"{letter} {choice}" for letter, choice in zip(ascii_lowercase, item.choices, strict=False))
+            ),
             [words_of(passage) for passage in item.passages],
         )
         for item in items
     ]
-    # the IDF of a word: among the items, how rare are those that have it
+    # the information of a word: among the items, how rare are those that have it
     per_item = [
-        np.unique(np.concatenate([*stems, answer, choices, *passages])) for stems, answer, choices, passages in split
+        np.unique(np.concatenate([*stems, answer, listed, *passages])) for stems, answer, _, listed, passages in split
     ]
     vocabulary, frequency = np.unique(np.concatenate([np.zeros(0, np.uint64), *per_item]), return_counts=True)
-    idf = np.log((1 + len(items)) / (1 + frequency)).astype(np.float32)
+    information = np.log((1 + len(items)) / (1 + frequency)) * RAREST / max(np.log((1 + len(items)) / 2), 1e-9)
+    information[np.isin(vocabulary, words_of(" ".join([*map(str, range(1000)), *ascii_lowercase])))] /= 2  # tables
+    common = np.isin(vocabulary, words_of(COMMON))
+    information[common] = np.minimum(information[common], MAX_COMMON)
 
-    def weight(words: np.ndarray) -> np.ndarray:
-        return idf[np.searchsorted(vocabulary, words)]
+    def weigh(words: np.ndarray) -> np.ndarray:
+        """The information of each word of a unit; what stands there several times counts once, in equal parts."""
+        distinct, place, n_times = np.unique(words, return_inverse=True, return_counts=True)
+        return (information[np.searchsorted(vocabulary, distinct)] / n_times)[place].astype(np.float32)
 
     units: list[np.ndarray] = []
     unit_items: list[int] = []
-    unit_tails: list[int] = []  # the number of a tail, -1 for none
+    unit_tails: list[int] = []  # the number of its first tail, -1 for none
     tails: list[np.ndarray] = []  # of a short question two: the words of its answer, and of all choices
-    tail_enough: list[bool] = []  # whether the question says enough with it
     seen: set[bytes] = set()
     counts: dict[str, dict[str, int]] = defaultdict(lambda: {"items": 0, "too_short": 0})
 
-    def add(words: np.ndarray, item: int, tail: Sequence[np.ndarray] = (), enough: Sequence[bool] = ()) -> None:
+    def add(words: np.ndarray, item: int, tail: Sequence[np.ndarray] = ()) -> None:
         key = b"|".join(part.tobytes() for part in (words, *tail))
         if key not in seen:
             seen.add(key)
@@ -370,25 +395,21 @@ def build_index(items: Iterable[Item], path: Path) -> dict[str, dict[str, int]]:
             unit_items.append(item)
             unit_tails.append(len(tails) if tail else -1)
             tails.extend(tail)
-            tail_enough.extend(enough)
 
-    for number, (item, (stems, answer, choices, passages)) in enumerate(zip(items, split, strict=True)):
+    for number, (item, (stems, answer, choices, listed, passages)) in enumerate(zip(items, split, strict=True)):
         found = False
-        for words in [*stems, *passages]:
-            for unit in np.array_split(words, max(round(len(words) / UNIT_WORDS), 1)):
-                if len(unit) >= NGRAM and weight(unit).sum() >= MIN_INFORMATION:
-                    add(unit, number)
+        sequences = [*stems, *passages]
+        if stems and weigh(stems[-1]).sum() < 1.5 * MIN_EVIDENCE:
+            sequences += [np.concatenate([stems[-1], answer]), np.concatenate([stems[-1], listed])]
+        for words in sequences:
+            for unit in cut(words):
+                says = weigh(unit).sum()
+                is_short = any(unit is stem for stem in stems) and says < 2 * MIN_EVIDENCE
+                tail = [np.unique(answer), np.unique(choices)] if is_short else []
+                with_tail = says + max((weigh(part).sum() / 2 for part in tail), default=0)
+                if len(unit) >= NGRAM and with_tail >= MIN_EVIDENCE:
+                    add(unit, number, tail)
                     found = True
-        if not found and stems:
-            tail = [np.unique(answer), np.unique(choices)]
-            enough = [weight(stems[0]).sum() + weight(words).sum() >= MIN_INFORMATION for words in tail]
-            informative = any(enough)
-            if informative and len(stems[0]) >= NGRAM:
-                add(stems[0], number, tail, enough)
-                found = True
-            elif informative and len(stems[0]) + len(answer) >= NGRAM:
-                add(np.concatenate([stems[0], answer]), number)
-                found = True
         counts[item.benchmark]["items"] += 1
         counts[item.benchmark]["too_short"] += not found
 
@@ -410,11 +431,9 @@ def build_index(items: Iterable[Item], path: Path) -> dict[str, dict[str, int]]:
     findable = np.zeros(len(words), bool)
     for i in range(NGRAM):
         findable[places + i] = True
-    weights = np.where(findable, weight(words), np.float32(0))
-    unit_weights, whole = (np.add.reduceat(w, unit_starts[:-1]) if units else w for w in (weights, weight(words)))
-    unit_weights = np.where(
-        2 * unit_weights < whole, np.float32(np.inf), unit_weights
-    )  # too little to go by: never found
+    weights = np.concatenate([np.zeros(0, np.float32), *map(weigh, units)])
+    weights[~findable] = 0
+    unit_weights = np.add.reduceat(weights, unit_starts[:-1]) if units else weights
 
     n_bits = 1 << max(int(16 * len(distinct)).bit_length(), 10)
     bits = np.zeros(n_bits // 8, np.uint8)
@@ -435,9 +454,8 @@ def build_index(items: Iterable[Item], path: Path) -> dict[str, dict[str, int]]:
         "unit_items": np.array(unit_items, np.uint32),
         "unit_tails": np.array(unit_tails, np.int32),
         "tail_starts": np.concatenate([[0], np.cumsum([len(tail) for tail in tails])]).astype(np.uint32),
-        "tail_enough": np.array(tail_enough, bool),
         "tail_words": tail_words,
-        "tail_weights": weight(tail_words),
+        "tail_weights": np.concatenate([np.zeros(0, np.float32), *map(weigh, tails)]),
         "item_files": np.array([numbers[item.benchmark, item.file] for item in items], np.uint32),
         "item_rows": np.array([item.row for item in items], np.uint32),
     }
@@ -464,7 +482,8 @@ class Match:
 
     benchmark: str
     item: str  # <file of the item>:<row, from 0>
-    score: float  # how much of the unit was found, weighed by IDF, 0 to 1
+    evidence: float  # nats
+    score: float  # how much of the question, or of the unit of a passage, is there, by information: 0 to 1
     start: int  # where it is in the document, in characters
     stop: int
 
@@ -504,16 +523,16 @@ class Index:
                 raise ValueError(f"{path} is truncated: {len(data):,} bytes, {name} ends at {stop:,}; build it again")
             self.arrays[name] = np.frombuffer(data[start:stop], dtype)
 
-    def find(self, text: str, min_score: float) -> list[Match]:
-        """Every item that is in the text, best first; one match for each item."""
+    def find(self, text: str, min_evidence: float) -> list[Match]:
+        """Every item that is in the text, the surest first; one match for each item."""
         best: dict[int, Match] = {}
         for offset, chunk in chunks(text):
-            for item, match in self.find_in_chunk(offset, chunk, min_score):
-                if item not in best or match.score > best[item].score:
+            for item, match in self.find_in_chunk(offset, chunk, min_evidence):
+                if item not in best or match.evidence > best[item].evidence:
                     best[item] = match
-        return sorted(best.values(), key=lambda match: (-match.score, match.start, match.item))
+        return sorted(best.values(), key=lambda match: (-match.evidence, match.start, match.item))
 
-    def find_in_chunk(self, offset: int, chunk: str, min_score: float) -> Iterator[tuple[int, Match]]:
+    def find_in_chunk(self, offset: int, chunk: str, min_evidence: float) -> Iterator[tuple[int, Match]]:
         a = self.arrays
         words = split_words(chunk)
         keys = ngram_hashes(words.hashes)
@@ -529,25 +548,27 @@ class Index:
         n_places = a["key_starts"][at + 1] - first
         here = np.repeat(here, n_places)
         there = a["places"][np.repeat(first - np.cumsum(n_places) + n_places, n_places) + np.arange(len(here))]
-        there = there.astype(np.int64)
-        units = np.searchsorted(a["unit_starts"], there, "right") - 1
-
+        order = np.argsort(there, kind="stable")  # by unit
+        here, there = here[order], there[order].astype(np.int64)
         # what the whole chunk covers of each unit: a bound that leaves few to look at
         covered = np.unique(there[:, None] + np.arange(NGRAM))
         if not len(covered):
             return
         candidates, starts = np.unique(np.searchsorted(a["unit_starts"], covered, "right") - 1, return_index=True)
-        scores = np.add.reduceat(a["weights"][covered], starts) / a["unit_weights"][candidates]
-        for unit in candidates[scores >= min_score]:
-            mine = units == unit
-            found = self.locate(int(unit), words.hashes, here[mine], there[mine], min_score)
-            if found:
-                score, first_word, last_word = found
+        information, total = np.add.reduceat(a["weights"][covered], starts), a["unit_weights"][candidates]
+        hopeful = information**2 >= min_evidence * total
+        hopeful |= (a["unit_tails"][candidates] >= 0) & (information >= MIN_STEM * total)
+        for unit in candidates[hopeful]:
+            mine = slice(*np.searchsorted(there, a["unit_starts"][unit : unit + 2].astype(np.int64)))
+            found = self.locate(int(unit), words.hashes, here[mine], there[mine])
+            if found[0] >= min_evidence:
+                evidence, score, first_word, last_word = found
                 item = int(a["unit_items"][unit])
                 benchmark, file = self.files[a["item_files"][item]]
                 match = Match(
                     benchmark=benchmark,
                     item=f"{file}:{a['item_rows'][item]}",
+                    evidence=round(evidence, 1),
                     score=round(score, 3),
                     start=offset + int(words.starts[first_word]),
                     stop=offset + int(words.stops[last_word]),
@@ -555,41 +576,40 @@ class Index:
                 yield item, match
 
     def locate(
-        self, unit: int, hashes: np.ndarray, here: np.ndarray, there: np.ndarray, min_score: float
-    ) -> tuple[float, int, int] | None:
-        """(score, first word, last word) of the best place for a unit in a chunk, None if none is good enough.
+        self, unit: int, hashes: np.ndarray, here: np.ndarray, there: np.ndarray
+    ) -> tuple[float, float, int, int]:
+        """(evidence, score, first word, last word) of the best place for a unit in a chunk.
 
         hashes (n,): the chunk's words; here, there (m,): where runs of words are in the chunk and among the units.
         """
         a = self.arrays
         half = int(a["unit_starts"][unit + 1] - a["unit_starts"][unit]) + NGRAM
-        best = None
+        total = float(a["unit_weights"][unit])
+        places = []
         # windows of twice the unit's length, each beginning in the middle of the one before
         for start in np.unique(here // half) * half:
             inside = (here >= start) & (here < start + 2 * half)
             covered = np.unique(there[inside, None] + np.arange(NGRAM))
-            score = float(a["weights"][covered].sum() / a["unit_weights"][unit])
+            information = float(a["weights"][covered].sum())
             first_word, last_word = int(here[inside].min()), int(here[inside].max()) + NGRAM - 1
-            if score >= min_score and a["unit_tails"][unit] >= 0:
-                score = min(score, self.tail_score(int(a["unit_tails"][unit]), hashes[last_word + 1 :]))
-            if score >= min_score and (best is None or score > best[0]):
-                best = score, first_word, last_word
-        return best
+            evidence = information**2 / total
+            if a["unit_tails"][unit] >= 0 and information >= MIN_STEM * total:
+                following = self.following(int(a["unit_tails"][unit]), hashes[last_word + 1 :])
+                evidence = max(evidence, *((information + found) ** 2 / (total + whole) for found, whole in following))
+            places.append((evidence, information / total, first_word, last_word))
+        return max(places)
 
-    def tail_score(self, tail: int, following: np.ndarray) -> float:
-        """How much of the answer, or else of all choices together, is among the words that follow the question.
+    def following(self, tail: int, hashes: np.ndarray) -> Iterator[tuple[float, float]]:
+        """Of the answer, and of all choices together: (what of it follows a question, all of it), in nats.
 
-        A tail with which the question still says too little does not count.
+        Words in any order say half as much as words in a row.
         """
         a = self.arrays
-        best = 0.0
         for number in (tail, tail + 1):
             start, stop = a["tail_starts"][number : number + 2].astype(np.int64)
-            weights = a["tail_weights"][start:stop]
-            if a["tail_enough"][number]:
-                found = np.isin(a["tail_words"][start:stop], following[: 2 * len(weights) + TAIL_SLACK])
-                best = max(best, float(weights[found].sum() / weights.sum()))
-        return best
+            weights = a["tail_weights"][start:stop] / 2
+            found = np.isin(a["tail_words"][start:stop], hashes[: 2 * len(weights) + TAIL_SLACK])
+            yield float(weights[found].sum()), float(weights.sum())
 
 
 @cache
@@ -599,8 +619,8 @@ def open_index(path: str) -> Index:
 
 
 @lru_cache(maxsize=1)  # the rule's decision and its explanation are asked for one after the other
-def find_matches(path: str, text: str, min_score: float) -> list[Match]:
-    return open_index(path).find(text, min_score)
+def find_matches(path: str, text: str, min_evidence: float) -> list[Match]:
+    return open_index(path).find(text, min_evidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -608,17 +628,17 @@ class Decontaminate:
     """Drops documents that hold an item of an evaluation suite, or a part of its passage."""
 
     index_file: str  # from build_index
-    min_score: float = 0.8  # how much of a question, or of a unit of a passage, has to be there
+    min_evidence: float = MIN_EVIDENCE  # nats
 
     def check(self, text: str, metadata: Mapping[str, Any]) -> str | None:
-        return "contaminated" if find_matches(str(self.index_file), text, self.min_score) else None
+        return "contaminated" if find_matches(str(self.index_file), text, self.min_evidence) else None
 
     def explain(self, text: str) -> dict[str, Any]:
-        """The best match, {"benchmark", "item", "score", "start", "stop", "matched", "n_items"}; {} if clean.
+        """The surest match: benchmark, item, evidence, score, start, stop as in Match, and more; {} for a clean text.
 
-        start and stop are in characters of the text, `matched` is what stands there, n_items counts all items found.
+        `matched` is the text from start to stop, `n_items` counts all items found.
         """
-        matches = find_matches(str(self.index_file), text, self.min_score)
+        matches = find_matches(str(self.index_file), text, self.min_evidence)
         if not matches:
             return {}
         best = matches[0]
@@ -639,7 +659,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--index", type=Path, required=True, metavar="FILE")
     check.add_argument("--input", type=Path, required=True, nargs="+", metavar="FILE")
     check.add_argument("--text-column", default="text")
-    check.add_argument("--min-score", type=float, default=Decontaminate.min_score)
+    check.add_argument("--min-evidence", type=float, default=MIN_EVIDENCE, metavar="NATS")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "build":
@@ -650,7 +670,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB")
         else:
-            check_files(Decontaminate(index_file=str(arguments.index), min_score=arguments.min_score),
+            check_files(Decontaminate(index_file=str(arguments.index), min_evidence=arguments.min_evidence),
                         arguments.input, arguments.text_column)  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
