@@ -4,6 +4,7 @@ Each step does one task of a plan (work.py): rank r of the executor is task r. T
 executor; the first step of a pipeline reads the plan, the last one makes the task's folder appear whole.
 """
 
+import functools
 import gzip
 import io
 import json
@@ -26,7 +27,7 @@ from curation.readers import read_piece
 from curation.recipe import MinHash
 from curation.shards import SHARD, ShardHeader, file_entry, id_hash, token_dtype, write_shard
 from curation.sources import Source, piece_of
-from curation.tokenizer import load_tokenizer, train_tokenizer
+from curation.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from curation.work import Progress, committed, planned, read_attempts, task_folder
 
 Documents = Iterator[Document]
@@ -443,7 +444,7 @@ class TokenWriter(PipelineStep):
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> None:
         task = planned(self.plan, rank, world_size)
-        tokenizer = load_tokenizer(self.tokenizer_file)
+        tokenizer = tokenizer_at(self.tokenizer_file)
         dtype = token_dtype(tokenizer.vocab_size)
         rows: list[tuple[int, int, int, int, int, int, int]] = []
         heldout: list[tuple[int, dict[str, str]]] = []
@@ -483,11 +484,17 @@ class TokenWriter(PipelineStep):
             write_json(folder / "poisonous.json", poisonous)
 
 
-def encode_or_none(tokenizer: Any, text: str) -> Any:
+@functools.lru_cache(maxsize=1)
+def tokenizer_at(path: Path) -> Tokenizer:
+    """The tokenizer of this stage, loaded and compared with its library once in a process."""
+    return load_tokenizer(path)
+
+
+def encode_or_none(tokenizer: Tokenizer, text: str) -> np.ndarray | None:
     """The ids of a text; None if the tokenizer breaks on it twice."""
     for _ in range(2):
         try:
-            return tokenizer.encode(text)
+            return tokenizer.encode_array(text)
         except Exception:
             continue
     return None
