@@ -23,47 +23,57 @@ def family(name: str) -> str:
     return "/".join([*parts[:depth], stem])
 
 
-def walk(root: Path, skip: Iterable[str] = ()) -> Iterator[tuple[str, Path]]:
-    """Every file under `root` with its relative name; folders named in `skip` are left out, links not followed."""
-    skip = set(skip)
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip]
-        for file in files:
-            path = Path(folder, file)
-            if not path.is_symlink():
-                yield path.relative_to(root).as_posix(), path
+def walk(root: str | Path, skip: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
+    """(relative name, path) of every file under `root`; folders named in `skip` are left out, links not followed."""
+    skip = {*skip}
+    folders = [("", str(root))]
+    while folders:
+        prefix, folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False):
+                        yield prefix + entry.name, entry.path
+                    elif entry.is_dir(follow_symlinks=False) and entry.name not in skip:
+                        folders.append((f"{prefix}{entry.name}/", entry.path))
+        except OSError:  # no such folder, or none that we may read: its files are not there for us
+            continue
+
+
+def base_name(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 STDLIB_SKIPS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
 HELP_TOPICS = "pydoc_data/topics.py"
 
 
-def stdlib_files() -> Iterator[tuple[str, Path]]:
+def stdlib_files() -> Iterator[tuple[str, str]]:
     """The standard library of the interpreter that is running (inside a virtual environment: of its base)."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return ((name, path) for name, path in walk(root, STDLIB_SKIPS) if name.endswith(".py"))
+    files = walk(sysconfig.get_path("stdlib"), STDLIB_SKIPS)
+    return ((name, path) for name, path in files if name.endswith(".py"))
 
 
-def stdlib_code_files() -> Iterator[tuple[str, Path]]:
+def stdlib_code_files() -> Iterator[tuple[str, str]]:
     return ((name, path) for name, path in stdlib_files() if name != HELP_TOPICS)  # those are texts, not code
 
 
-def package_files(skip: Iterable[str] = ()) -> Iterator[tuple[str, Path]]:
+def package_files(skip: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
     for root in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
-        yield from walk(Path(root), {"__pycache__", *skip})
+        yield from walk(root, {"__pycache__", *skip})
 
 
 DOCUMENTATION = re.compile(r"(?:.*\.(?:md|rst)|METADATA|(?:LICEN[CS]E|COPYING|NOTICE|README).*)", re.IGNORECASE)
 NOT_TEXT = re.compile(r".*\.(?:py|pyc|pyi|so|h|hpp|c|cpp|js|css|html|png|json|jinja2?|ipynb)", re.IGNORECASE)
 
 
-def package_documentation() -> Iterator[tuple[str, Path]]:
+def package_documentation() -> Iterator[tuple[str, str]]:
     for name, path in package_files():
-        if DOCUMENTATION.fullmatch(path.name) and not NOT_TEXT.fullmatch(path.name):
+        if DOCUMENTATION.fullmatch(base_name(name)) and not NOT_TEXT.fullmatch(name):
             yield name, path
 
 
-def package_modules() -> Iterator[tuple[str, Path]]:
+def package_modules() -> Iterator[tuple[str, str]]:
     return ((name, path) for name, path in package_files(skip={"test", "tests"}) if name.endswith(".py"))
 
 
@@ -72,13 +82,13 @@ MANUAL_SECTION = re.compile(r"man[1-9]")  # beside them stand the translations, 
 SYSTEM_TEXT = re.compile(r"(?:(?:README|NEWS|FAQ|copyright|changelog).*|.*\.(?:txt|md|rst))(?:\.gz)?", re.IGNORECASE)
 
 
-def system_documentation() -> Iterator[tuple[str, Path]]:
+def system_documentation() -> Iterator[tuple[str, str]]:
     """Manual pages in English and the packages' documentation; nothing where the machine has been stripped of them."""
     for section in sorted(MANUALS.glob("man*")):
         if MANUAL_SECTION.fullmatch(section.name):
             yield from ((f"{section.name}/{name}", path) for name, path in walk(section))
     for name, path in walk(SYSTEM_DOCUMENTATION):
-        if SYSTEM_TEXT.fullmatch(path.name) and not NOT_TEXT.fullmatch(path.name):
+        if SYSTEM_TEXT.fullmatch(base_name(name)) and not NOT_TEXT.fullmatch(name):
             yield f"doc/{name}", path
 
 

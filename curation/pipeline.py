@@ -1,6 +1,7 @@
 """Make a data folder: read a recipe's sources, filter, deduplicate, hold out, tokenize, pack, verify.
 
     python -m curation.pipeline --recipe local --out data/local
+    python -m curation.pipeline --recipe eight --tokens 1B --out data/eight1B --mirror /mnt/hub --plan
 
 Running it again does nothing when the folder is complete, and goes on where it was when it was stopped.
 """
@@ -9,45 +10,73 @@ import argparse
 import errno
 import json
 import os
-import shutil
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from curation.recipe import RECIPES, Settings, key_of
-from curation.shards import MANIFEST, read_manifest
+from curation.inputs import SETTINGS_FILE, find_pieces, inputs_key
+from curation.recipe import RECIPES, Settings, tokens_of
+from curation.shards import MANIFEST, new_file, read_manifest
 
 
-def curate(settings: Settings, out: Path, n_workers: int) -> None:
+def curate(settings: Settings, out: Path, n_workers: int, mirror: Path | None, update: bool, on_ray: bool) -> None:
     """Make the data folder `out`, go on making it, or say that it is complete.
 
-    Raises ValueError when it was made with other settings, or is something else.
+    Raises ValueError when it was made from something else and `update` is not given, or is something else.
     """
+    refuse_foreign_folder(out)
+    work = out / "work"
+    pieces = find_pieces(settings, mirror, work)
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
-        refuse_other_settings(manifest, settings, out)
-        shutil.rmtree(out / "work", ignore_errors=True)  # a kill may have left some of it
-        train = manifest["splits"]["train"]
-        made = f"{train['tokens']:,} training tokens of {train['documents']:,} documents, {manifest['created_utc']}"
-        print(f"{out} is complete ({made}); nothing to do")
-        return
-    refuse_foreign_folder(out)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network, so nothing may wait for it
-    from curation.stages import build  # datatrove and the rest load only when there is work
+        if manifest["key"] == inputs_key(settings, pieces):
+            train = manifest["splits"]["train"]
+            made = (
+                f"{train['tokens']:,} training tokens of {train['documents']:,} documents, {manifest['created_utc']}"
+            )
+            print(f"{out} is complete ({made}); nothing to do")
+            return
+        if not update:
+            refuse_other_settings(manifest, settings.resolved(), out)
+    from curation.executors import Share, run_local, run_ray  # datatrove loads only when there is work
+    from curation.stages import Run, build, only_writer
+    from curation.workers import worker_processes
 
-    print_funnel(build(settings, out, n_workers))
+    os.environ.setdefault("HF_HUB_OFFLINE", "0" if uses_hub(settings, mirror) else "1")
+    run = Run(settings=settings, work=work, pieces=pieces)
+    with only_writer(work):
+        new_settings_file(work, settings)
+        if on_ray:
+            manifest = build(run, out, lambda stage: run_ray(stage, work, n_workers))
+        else:
+            with worker_processes(n_workers, work) as workers:
+                manifest = build(run, out, lambda stage: run_local(stage, work, Share(), workers))
+    print_funnel(manifest)
     print(f"{out} is complete; check it with: python -m curation.shards verify {out}")
+    print(f"{work} keeps what is done ({folder_mb(work):,.0f} MB), for --update; remove it to have the room")
 
 
-def refuse_other_settings(manifest: dict[str, Any], settings: Settings, out: Path) -> None:
-    resolved = settings.resolved()
-    if manifest.get("key") == key_of(resolved):
-        return
+def uses_hub(settings: Settings, mirror: Path | None) -> bool:
+    return mirror is None and any(source.repo is not None for source in settings.sources)
+
+
+def new_settings_file(work: Path, settings: Settings) -> None:
+    with new_file(work / SETTINGS_FILE) as file:
+        file.write(json.dumps(settings.resolved(), indent=1).encode())
+
+
+def folder_mb(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+def refuse_other_settings(manifest: dict[str, Any], resolved: dict[str, Any], out: Path) -> None:
     there, asked = flat(manifest.get("settings", {})), flat(resolved)
     differences = [name for name in asked | there if there.get(name) != asked.get(name)]
     shown = "; ".join(f"{name} is {there.get(name)} there, now {asked.get(name)}" for name in differences[:3])
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-    raise ValueError(f"{out} was made with other settings ({shown}{more}); choose another --out, or remove the folder")
+    what = f"with other settings ({shown}{more})" if differences else "from other files than there are now"
+    raise ValueError(f"{out} was made {what}; add --update to make again what that changes, or choose another --out")
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, str]:
@@ -74,72 +103,156 @@ def print_funnel(manifest: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 110)
     funnel = manifest["funnel"]
-    columns = [("read", "documents"), ("read", "tokens"), ("kept", "documents"), ("heldout", "documents")]
+    columns = [("read", "documents"), ("read", "text_bytes"), ("kept", "documents"), ("kept", "text_bytes")]
     columns += [("heldout", "tokens"), ("train", "documents"), ("train", "tokens")]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("source", no_wrap=True)
     for part, unit in columns:
-        table.add_column(f"{part}\n{unit}", justify="right")
+        table.add_column(f"{part}\n{UNITS.get(unit, unit)}", justify="right")
     for name, entry in funnel.items():
-        table.add_row(name, *[f"{entry[part][unit]:,}" for part, unit in columns])
+        table.add_row(name, *[shown(entry[part][unit], unit) for part, unit in columns])
     totals = [sum(entry[part][unit] for entry in funnel.values()) for part, unit in columns]
     table.add_section()
-    table.add_row("all", *[f"{n:,}" for n in totals], style="bold")
+    table.add_row("all", *[shown(n, unit) for n, (_, unit) in zip(totals, columns, strict=True)], style="bold")
     console.print(table)
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("dropped by rule", no_wrap=True)
     table.add_column("documents", justify="right")
-    table.add_column("tokens", justify="right")
+    table.add_column("MB", justify="right")
     table.add_column("of (documents)")
-    counts = {rule: {} for entry in funnel.values() for rule in entry["dropped"]}
+    counts: dict[str, dict[str, Any]] = {rule: {} for entry in funnel.values() for rule in entry["dropped"]}
     for name, entry in funnel.items():
         for rule, count in entry["dropped"].items():
             counts[rule][name] = count
-    for rule, by_source in sorted(counts.items(), key=lambda item: -sum(c["tokens"] for c in item[1].values())):
-        documents, tokens = (sum(count[unit] for count in by_source.values()) for unit in ("documents", "tokens"))
+    for rule, by_source in sorted(counts.items(), key=lambda item: -sum(c["text_bytes"] for c in item[1].values())):
+        documents, n_bytes = (sum(count[unit] for count in by_source.values()) for unit in ("documents", "text_bytes"))
         shares = ", ".join(f"{name} {count['documents']:,}" for name, count in by_source.items())
-        table.add_row(rule, f"{documents:,}", f"{tokens:,}", shares)
+        table.add_row(rule, f"{documents:,}", shown(n_bytes, "text_bytes"), shares)
     console.print(table)
 
     train, heldout = manifest["splits"]["train"], manifest["splits"]["heldout"]
     items = ", ".join(f"{task['items']} {name}" for name, task in manifest["tasks"].items())
     print(
         f"train: {train['tokens']:,} tokens, {train['text_bytes'] / 1e6:.1f} MB, "
-        f"{train['text_bytes'] / train['tokens']:.2f} bytes a token; held out: {heldout['tokens']:,} tokens; "
+        f"{train['text_bytes'] / max(train['tokens'], 1):.2f} bytes a token; held out: {heldout['tokens']:,} tokens; "
         f"evaluation items: {items}"
     )
+    for message in manifest["messages"]:
+        print(message)
+
+
+UNITS = {"text_bytes": "MB"}
+
+
+def shown(n: int, unit: str) -> str:
+    return f"{n / 1e6:,.2f}" if unit == "text_bytes" else f"{n:,}"
+
+
+def share_of(text: str) -> tuple[int, int]:
+    """ "3/16": the fourth of sixteen shares."""
+    index, _, of = text.partition("/")
+    if not (index.isdigit() and of.isdigit() and int(index) < int(of)):
+        raise ValueError(f"--share {text} is not a share; write the fourth of sixteen as 3/16")
+    return int(index), int(of)
+
+
+def do_share(settings: Settings, out: Path, n_workers: int, mirror: Path | None, stage: str, share: str) -> None:
+    """Our share of one stage, beside other hosts that do theirs in the same folder."""
+    from curation.executors import Share
+    from curation.stages import NAMES, Run, build, run_share
+    from curation.workers import worker_processes
+
+    if stage not in (*NAMES, "publish"):
+        raise ValueError(f"unknown stage {stage!r}; allowed: {', '.join(NAMES)}, publish")
+    index, of = share_of(share)
+    refuse_foreign_folder(out)
+    work = out / "work"
+    run = Run(settings=settings, work=work, pieces=find_pieces(settings, mirror, work))
+    new_settings_file(work, settings)
+    with worker_processes(n_workers, work) as workers:
+        if stage != "publish":
+            run_share(run, stage, Share(index=index, of=of), workers)
+            return
+
+        def nothing_left(stage: Any) -> None:
+            raise ValueError(f"stage {stage.name} has tasks left; do them first: --stage {stage.name} --share ...")
+
+        print_funnel(build(run, out, nothing_left))
+
+
+def write_slurm(arguments: list[str], folder: Path, jobs: int, time: str, partition: str, cpus: int, mem: int) -> None:
+    """Scripts that do each stage as a job array, with the flags of this command."""
+    from curation.executors import slurm_scripts
+    from curation.stages import NAMES
+
+    one_task = {"duplicates", "tokenizer", "mixture", "texts"}
+    stages = {name: 1 if name in one_task else jobs for name in NAMES} | {"publish": 1}
+    root = Path(__file__).resolve().parents[1]
+    command = f"cd {shlex.quote(str(root))} && {sys.executable} -m curation.pipeline {shlex.join(arguments)}"
+    files = slurm_scripts(command, stages, folder, time, partition, cpus, mem)
+    print(f"{len(files)} files in {folder}; submit all stages with: bash {files[-1]}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m curation.pipeline",
         description="Make a data folder: token shards, held-out text, evaluation items and a manifest.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", default="local", help=f"which sources and rules: {', '.join(RECIPES)}")
-    parser.add_argument("--out", type=Path, default=Path("data/local"), help="the data folder to make")
-    parser.add_argument(
-        "--limit-mb", type=float, help="read about so much text of each source at most; None: as the recipe says"
-    )
-    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer")
-    parser.add_argument("--heldout-percent", type=float, default=3.0, help="share of the documents to hold out")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it"
-    )
-    flags = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--recipe", default="local", help=f"which sources and rules: {', '.join(RECIPES)} (default: local)")
+    add("--out", type=Path, help="the data folder to make (default: data/<recipe>)")
+    add("--tokens", help="scale the sources' token budgets to this sum, as 1B (default: as the recipe says)")
+    add("--input", help="with --recipe own: the folder of your text")
+    add("--mirror", type=Path, help="a folder with copies of the Hub's data sets as <owner>/<name>/<file>")
+    add("--limit-mb", type=float, help="read about so much text of each source at most")
+    add("--tokenizer", help="a tokenizer.json or .model file (default: train one)")
+    add("--vocab-size", type=int, help="entries of the tokenizer that is trained (default: as the recipe says)")
+    add("--heldout-percent", type=float, help="share of the documents to hold out (default: as the recipe says)")
+    add("--stock", default="", help="steps that datatrove's own do instead of ours: filters")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it")
+    add("--update", action="store_true", help="make a finished folder again as far as settings or files have changed")
+    add("--executor", choices=("local", "ray"), default="local", help="where tasks run (default: local)")
+    add("--stage", help="do one stage only, or a --share of it")
+    add("--share", default="0/1", help="with --stage, i/n: every n-th task from the i-th, the rest on other hosts")
+    add("--slurm", type=Path, help="write Slurm scripts into this folder instead of running")
+    add("--slurm-jobs", type=int, default=16, help="jobs of an array (default: 16)")
+    add("--slurm-time", default="24:00:00", help="limit of a job (default: 24:00:00)")
+    add("--slurm-partition", default="cpu", help="(default: cpu)")
+    add("--slurm-cpus", type=int, default=32, help="processes of a job (default: 32)")
+    add("--slurm-mem-gb", type=int, default=2, help="memory for each of them (default: 2)")
+    arguments = sys.argv[1:] if argv is None else argv
+    flags = parser.parse_args(arguments)
     try:
         if flags.workers < 1:
             raise ValueError(f"--workers {flags.workers} is not a number of processes; give 1 or more")
-        settings = Settings(
-            recipe=flags.recipe,
+        if flags.mirror is not None and not flags.mirror.is_dir():
+            raise ValueError(f"--mirror {flags.mirror} is not a folder")
+        settings = Settings.chosen(
+            flags.recipe,
+            tokens=None if flags.tokens is None else tokens_of(flags.tokens),
+            input=flags.input,
             limit_mb=flags.limit_mb,
+            tokenizer=flags.tokenizer,
             vocab_size=flags.vocab_size,
             heldout_percent=flags.heldout_percent,
+            stock=tuple(filter(None, flags.stock.split(","))),
         )
-        curate(settings, flags.out, flags.workers)
-    except (ValueError, OSError) as error:
+        out = flags.out or Path("data", flags.recipe)
+        if flags.slurm is not None:
+            rest = without(
+                arguments, ("slurm", "slurm-jobs", "slurm-time", "slurm-partition", "slurm-cpus", "slurm-mem-gb")
+            )
+            write_slurm(
+                rest, flags.slurm, flags.slurm_jobs, flags.slurm_time, flags.slurm_partition, flags.slurm_cpus,
+                flags.slurm_mem_gb,
+            )  # fmt: skip
+        elif flags.stage is not None:
+            do_share(settings, out, flags.workers, flags.mirror, flags.stage, flags.share)
+        else:
+            curate(settings, out, flags.workers, flags.mirror, flags.update, flags.executor == "ray")
+    except (ValueError, OSError, RuntimeError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC
         hint = f"; make room for {flags.out} and run the same command to go on" if full else ""
         print(f"error: {error}{hint}", file=sys.stderr)
@@ -148,6 +261,19 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; run the same command to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """The command line less some flags and their values."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument.lstrip("-").partition("=")[0] in names:
+            skip = "=" not in argument
+        else:
+            kept.append(argument)
+    return kept
 
 
 if __name__ == "__main__":

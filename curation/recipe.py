@@ -3,7 +3,6 @@
 Everything here is data and goes, resolved, into the manifest of the data folder.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -46,6 +45,9 @@ class Recipe:
     tokenizer_sample_mb: float = 50  # train the tokenizer on no more text than this
     shard_tokens: int = 1 << 26  # begin a new shard after so many
     task_items: int = 200  # of each kind of evaluation item
+    documents_for_items: int = 2000  # of each source, from which the items are made
+    piece_mb: float = 64  # of files in a unit of work
+    keep_dropped: bool = False  # every document that a rule dropped, in dropped/: for corpora that one person reads
 
 
 CODE_RULES = (Readable(), English(max_non_ascii_fraction=0.2), CodeQuality())
@@ -90,6 +92,8 @@ RECIPES = {
         description="text that every machine with Python has",
         sources=LOCAL,
         vocab_size=4096,
+        piece_mb=2,
+        keep_dropped=True,
         rules={
             "code": CODE_RULES,
             # Reference documentation, not web pages: tables, signatures and examples are its substance, and a long
@@ -97,7 +101,7 @@ RECIPES = {
             # by reading); these drop bare lists and boilerplate.
             "prose": (
                 Readable(),
-                GopherQuality(min_alphabetic_words=0.65),
+                GopherQuality(min_alphabetic_words=0.4),
                 English(max_non_ascii_fraction=0.2, min_stop_words=2),
                 GopherRepetition(
                     max_duplicate_lines=0.40,
@@ -156,6 +160,8 @@ RECIPES = {
         sources=(OWN,),
         rules={"own": LIGHT_RULES},
         vocab_size=32_768,
+        piece_mb=16,
+        keep_dropped=True,
     ),
 }
 
@@ -171,6 +177,7 @@ class Settings:
     tokens: int | None = None  # scale the token budgets of the sources to this sum
     input: str | None = None  # the folder of the recipe `own`
     tokenizer: str | None = None  # file of a tokenizer to use; None: train one
+    stock: tuple[str, ...] = ()  # steps that datatrove's own do instead of ours: "filters"
 
     def __post_init__(self) -> None:
         recipe = recipe_of(self.recipe)
@@ -192,6 +199,10 @@ class Settings:
             raise ValueError(
                 f"recipe {self.recipe} is made for the tokenizer of {recipe.tokenizer}: give its tokenizer.json "
                 "with --tokenizer FILE"
+            )
+        if unknown := set(self.stock) - {"filters"}:
+            raise ValueError(
+                f"--stock {min(unknown)} is not a step that datatrove's own can do here; allowed: filters"
             )
         if self.tokenizer is not None and not Path(self.tokenizer).is_file():
             raise ValueError(f"--tokenizer {self.tokenizer} is not a file")
@@ -218,6 +229,9 @@ class Settings:
             folder = os.path.abspath(self.input) if source is OWN and self.input is not None else source.folder
             changed.append(replace(source, budget_mb=budget_mb, budget_tokens=budget_tokens, folder=folder))
         return tuple(changed)
+
+    def rules(self, source: Source) -> tuple[Rule, ...]:
+        return RECIPES[self.recipe].rules[source.kind]
 
     def budget_bytes(self, source: Source) -> float:
         limits = [limit for limit in (source.budget_mb, self.limit_mb) if limit is not None]
@@ -296,8 +310,3 @@ def content_of(path: str | Path) -> str:
 def sha256_once(path: str, size_bytes: int, mtime_ns: int) -> str:
     """sha256 of a file, read once as long as it stays the same."""
     return "sha256:" + file_sha256(Path(path))
-
-
-def key_of(values: Any) -> str:
-    """sha256 of plain JSON values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

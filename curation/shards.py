@@ -2,16 +2,21 @@
 
     data/local/
         manifest.json                   written last: a folder without it is unfinished
-        tokenizer.model
-        train/<source>-00000.npy        tokens of one shard: each document is the separator, then its tokens
-        train/<source>-00000.starts.npy where in that shard each document begins
+        tokenizer.model                 or tokenizer.json
+        train/<source>-00000.safetensors
         heldout/...                     the same for the held-out split, and <source>.jsonl with its text
         tasks/*.jsonl                   evaluation items made from the held-out documents
         dropped/<source>/<rule>.jsonl.gz
 
-Both kinds of .npy are plain numpy files and are memory-mapped; nothing here needs torch or datatrove.
+A shard is a safetensors file, which any reader of that format opens and which is memory-mapped here:
+    ids     (documents, 2) uint64   blake2b-128 of each document's id
+    starts  (documents,) uint64     where in `tokens` each document begins
+    tokens  (tokens,) uint16|32     each document is the separator, then its tokens
+and its header says which tokens they are: source, split, vocabulary size, sha256 of the tokenizer, separator id.
+The manifest holds the sha256 of every other file, and of itself. Nothing here needs torch or datatrove.
 
     python -m curation.shards verify data/local
+    python -m curation.shards inspect data/local --source stdlib_docs
 """
 
 import argparse
@@ -20,17 +25,25 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
-KEYS = {"format", "tokenizer", "token_dtype", "splits", "files"}  # what reading needs of a manifest
+KEYS = {"format", "tokenizer", "token_dtype", "splits", "files", "sha256"}  # what reading needs of a manifest
+SHARD = ".safetensors"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+}  # safetensors' names
+LONGEST_HEADER = 1 << 16  # bytes; ours are a few hundred
 
 
 # ---- writing
@@ -61,44 +74,164 @@ def sync_folder(folder: Path) -> None:
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The narrowest of uint16 and uint32 that holds every id of the vocabulary."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def id_hash(document_id: str) -> np.ndarray:
+    """How a shard names a document: blake2b-128 of its id, (2,) uint64."""
+    return np.frombuffer(hashlib.blake2b(document_id.encode(), digest_size=16).digest(), "<u8")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardCounts:
-    documents: int
-    tokens: int  # separators included
+class ShardHeader:
+    """Which tokens a shard holds; stands in the shard itself."""
+
+    source: str
+    split: str
+    vocab_size: int
+    separator_id: int
+    tokenizer_sha256: str
 
 
 def write_shard(
-    path_stem: str | Path, documents: Iterable[Sequence[int] | np.ndarray], separator_id: int, dtype: Any
-) -> ShardCounts:
-    """Write `<path_stem>.npy` and `<path_stem>.starts.npy`. The shard is held in memory: the caller bounds its size.
+    path: str | Path,
+    header: ShardHeader,
+    ids: np.ndarray,
+    lengths: Sequence[int] | np.ndarray,
+    tokens: Iterable[np.ndarray],
+) -> dict[str, int]:
+    """Write one shard and return {"documents", "tokens"}; memory does not grow with the shard.
 
-    documents: the token ids of each document, without the separator, which is put before each of them here.
-    Raises ValueError if there is no document, an id does not fit the dtype, or a document contains the separator.
+    ids: (documents, 2) uint64 of `id_hash`; lengths: (documents,) tokens of each with its separator; tokens: all of
+    them in pieces of any length, each document behind its separator.
+    Raises ValueError if there is no document, the tokens do not add up to the lengths, an id does not fit the
+    vocabulary, or a separator is missing or stands inside a document.
     """
-    dtype = np.dtype(dtype)
-    parts: list[np.ndarray] = []
-    starts: list[int] = []
-    n_tokens = 0
-    separator = np.array([separator_id], dtype)
-    for document in documents:
-        tokens = np.asarray(document, dtype=np.int64)
-        if tokens.size and (tokens.min() < 0 or tokens.max() > np.iinfo(dtype).max):
-            raise ValueError(f"{path_stem}: token ids {tokens.min()} to {tokens.max()} do not fit {dtype}")
-        if (tokens == separator_id).any():
-            raise ValueError(f"{path_stem}: document {len(starts)} contains the separator, id {separator_id}")
-        starts.append(n_tokens)
-        parts += [separator, tokens.astype(dtype)]
-        n_tokens += 1 + tokens.size
-    if not parts:
-        raise ValueError(f"{path_stem}: a shard needs at least one document")
-    with new_file(f"{path_stem}.npy") as file:
-        np.save(file, np.concatenate(parts))
-    with new_file(f"{path_stem}.starts.npy") as file:
-        np.save(file, np.array(starts, np.uint64))
-    return ShardCounts(documents=len(starts), tokens=n_tokens)
+    dtype = token_dtype(header.vocab_size)
+    lengths = np.asarray(lengths, np.int64)
+    if not len(lengths) or len(lengths) != len(ids):
+        raise ValueError(f"{path}: {len(lengths)} documents with {len(ids)} ids; a shard needs at least one document")
+    n_tokens = int(lengths.sum())
+    starts = np.cumsum(lengths) - lengths
+    tables = {"ids": np.asarray(ids, "<u8").reshape(-1, 2), "starts": starts.astype("<u8")}
+    n_written = n_separators = 0
+    with new_file(path) as file:
+        file.write(shard_prefix(header, {name: array.shape for name, array in tables.items()}, n_tokens))
+        for array in tables.values():
+            file.write(array.data)
+        for piece in tokens:
+            if piece.size and (piece.min() < 0 or piece.max() >= header.vocab_size):
+                raise ValueError(f"{path}: token ids {piece.min()} to {piece.max()} are not below {header.vocab_size}")
+            places = np.flatnonzero(piece == header.separator_id) + n_written
+            expected = starts[n_separators : n_separators + len(places)]
+            if not np.array_equal(places, expected):
+                wrong = int(np.argmin(places[: len(expected)] == expected)) if len(expected) else 0
+                raise ValueError(f"{path}: document {n_separators + wrong - 1} contains the separator")
+            n_separators += len(places)
+            n_written += piece.size
+            file.write(np.ascontiguousarray(piece, dtype).data)
+        if (n_written, n_separators) != (n_tokens, len(lengths)):
+            raise ValueError(f"{path}: {n_written} tokens in {n_separators} documents came, not {n_tokens}")
+    return {"documents": len(lengths), "tokens": n_tokens}
+
+
+def shard_prefix(header: ShardHeader, tables: dict[str, tuple[int, ...]], n_tokens: int) -> bytes:
+    """Everything of a shard that stands before its arrays: safetensors' length and JSON header."""
+    dtype = token_dtype(header.vocab_size)
+    described: dict[str, Any] = {
+        "__metadata__": {"format": str(FORMAT)} | {k: str(v) for k, v in asdict(header).items()}
+    }
+    offset = 0
+    shapes = {**tables, "tokens": (n_tokens,)}
+    for name, shape in shapes.items():
+        kind = next(k for k, v in DTYPES.items() if v == (dtype if name == "tokens" else np.dtype("<u8")))
+        end = offset + int(np.prod(shape)) * DTYPES[kind].itemsize
+        described[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def pack(
+    documents: Iterable[Sequence[int] | np.ndarray], separator_id: int, dtype: Any
+) -> tuple[list[int], np.ndarray]:
+    """Lengths and tokens of documents that fit in memory, as `write_shard` takes them; a separator before each."""
+    parts = [np.concatenate(([separator_id], np.asarray(document, np.int64))) for document in documents]
+    lengths = [len(part) for part in parts]
+    tokens = np.concatenate(parts or [np.zeros(0, np.int64)])
+    if tokens.size and (tokens.min() < 0 or tokens.max() > np.iinfo(dtype).max):
+        raise ValueError(f"token ids {tokens.min()} to {tokens.max()} do not fit {np.dtype(dtype)}")
+    return lengths, tokens.astype(dtype)
+
+
+def write_source(
+    folder: str | Path,
+    header: ShardHeader,
+    documents: Iterable[tuple[str, Sequence[int] | np.ndarray]],
+    text_bytes: int,
+    shard_tokens: int = 1 << 26,
+) -> dict[str, Any]:
+    """Write all documents (id, tokens without separator) of one source and split; returns their entry of the manifest.
+
+    A new shard begins after `shard_tokens`; one shard is held in memory. Raises ValueError as `write_shard` does.
+    """
+    folder, dtype = Path(folder), token_dtype(header.vocab_size)
+    entry: dict[str, Any] = {"documents": 0, "tokens": 0, "text_bytes": text_bytes, "shards": []}
+    ids: list[np.ndarray] = []
+    waiting: list[Sequence[int] | np.ndarray] = []
+    n_waiting = 0
+
+    def write() -> None:
+        name = f"{header.split}/{header.source}-{len(entry['shards']):05d}{SHARD}"
+        lengths, tokens = pack(waiting, header.separator_id, dtype)
+        counts = write_shard(folder / name, header, np.array(ids), lengths, [tokens])
+        entry["documents"] += counts["documents"]
+        entry["tokens"] += counts["tokens"]
+        entry["shards"].append(name)
+        ids.clear()
+        waiting.clear()
+
+    for document_id, tokens in documents:
+        ids.append(id_hash(document_id))
+        waiting.append(tokens)
+        n_waiting += 1 + len(tokens)
+        if n_waiting >= shard_tokens:
+            write()
+            n_waiting = 0
+    if waiting:
+        write()
+    return entry
+
+
+def write_manifest(folder: str | Path, content: dict[str, Any], files: dict[str, Any] | None = None) -> None:
+    """Finish a data folder: its manifest with the size and sha256 of every file, written last.
+
+    content: the manifest; "format", "token_dtype", "files" and "sha256" are set here; files: what is known already of
+    {name: {"bytes", "sha256"}}, else every file of the folder is read.
+    """
+    folder = Path(folder)
+    if files is None:
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+        files = {path.relative_to(folder).as_posix(): file_entry(path) for path in paths}
+    manifest = {
+        **content,
+        "format": FORMAT,
+        "token_dtype": token_dtype(content["tokenizer"]["vocab_size"]).name,
+        "files": files,
+    }
+    with new_file(folder / MANIFEST) as file:
+        file.write(json.dumps(manifest | {"sha256": manifest_checksum(manifest)}, indent=1).encode() + b"\n")
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """sha256 of the manifest's other values: a flipped bit in the manifest itself is found too."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 # ---- manifest and verification
@@ -121,10 +254,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: not JSON ({error}); make the folder again") from None
+    if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{path} has format {manifest['format']}; this version reads {FORMAT}; make the folder again")
     if not isinstance(manifest, dict) or not set(manifest) >= KEYS:
         raise ValueError(f"{path} is not the manifest of a data folder; make one with: make curate OUT={folder}")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}; this version reads {FORMAT}; make the folder again")
+    if manifest["sha256"] != manifest_checksum(manifest):
+        raise ValueError(f"{path} was altered: its own sha256 does not fit; make the folder again")
     return manifest
 
 
@@ -169,6 +304,40 @@ def file_problem(folder: Path, name: str, entry: dict[str, Any], read: bool = Tr
 
 
 # ---- reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One shard, memory-mapped: nothing of it is read before it is used."""
+
+    header: ShardHeader
+    ids: np.ndarray  # (documents, 2) uint64
+    starts: np.ndarray  # (documents,) uint64
+    tokens: np.ndarray  # (tokens,) uint16 or uint32
+
+
+def open_shard(path: str | Path) -> Shard:
+    """Map one shard. ValueError in one line when it is cut off or not a shard of this format."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            n = int.from_bytes(file.read(8), "little")
+            described: dict[str, Any] = json.loads(file.read(n)) if n <= LONGEST_HEADER else {}
+        metadata = described.pop("__metadata__")
+        if metadata.pop("format") != str(FORMAT):
+            raise ValueError("another format")
+        header = ShardHeader(
+            **metadata | {"vocab_size": int(metadata["vocab_size"]), "separator_id": int(metadata["separator_id"])}
+        )
+        # still mapped as a plain array; slicing a np.memmap takes ten times as long
+        data = np.memmap(path, np.uint8, "r", offset=8 + n).view(np.ndarray)
+        arrays = {}
+        for name in ("ids", "starts", "tokens"):
+            start, end = described[name]["data_offsets"]
+            arrays[name] = data[start:end].view(DTYPES[described[name]["dtype"]]).reshape(described[name]["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is damaged or not a shard of format {FORMAT}; make the folder again") from None
+    return Shard(header=header, **arrays)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,8 +406,7 @@ def document_ids(rows: np.ndarray, separator_id: int) -> np.ndarray:
 def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = None) -> TokenStream:
     """Open one split of a finished data folder; sources: only these of its sources, default all.
 
-    Sizes, dtypes and lengths are compared with the manifest; contents are not (that is `verify`), and the starts are
-    not opened: with a hundred billion tokens they would be half of the start-up, and nothing reads them here.
+    Sizes, headers and lengths are compared with the manifest; contents are not (that is `verify`).
     Raises FileNotFoundError or ValueError with one line that names the file.
     """
     folder = Path(folder)
@@ -252,17 +420,8 @@ def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = 
 
     shards: list[np.ndarray] = []
     for source in chosen:
-        entry = available[source]
-        n_tokens = 0
-        for shard in entry["shards"]:
-            tokens = open_array(folder, manifest, shard["tokens"], manifest["token_dtype"])
-            shards.append(tokens.view(np.ndarray))  # still mapped; slicing a np.memmap takes ten times as long
-            n_tokens += len(tokens)
-        if n_tokens != entry["tokens"]:
-            raise ValueError(
-                f"{folder}/{split}/{source} has {n_tokens:,} tokens, the manifest says {entry['tokens']:,}; "
-                "make the folder again"
-            )
+        opened = list(open_shards(folder, manifest, split, source))
+        shards += [shard.tokens for shard in opened]
     if not shards:
         raise ValueError(f"{folder}/{split} has no tokens; make the folder again with more text")
     return TokenStream(
@@ -278,74 +437,144 @@ def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = 
     )
 
 
-def check_starts(folder: Path, manifest: dict[str, Any], split: str) -> None:
-    """Raise ValueError unless the starts of a split point into their shards and are as many as its documents."""
-    for source, entry in manifest["splits"][split]["sources"].items():
-        n_documents = 0
-        for shard in entry["shards"]:
-            tokens = open_array(folder, manifest, shard["tokens"], manifest["token_dtype"])
-            starts = open_array(folder, manifest, shard["starts"], "uint64")
-            if starts[0] != 0 or starts[-1] >= len(tokens):
-                raise ValueError(f"{folder / shard['starts']} points outside its shard; make the folder again")
-            n_documents += len(starts)
-        if n_documents != entry["documents"]:
+def open_shards(folder: Path, manifest: dict[str, Any], split: str, source: str) -> Iterator[Shard]:
+    """The shards of one source, compared with what the manifest says of them. ValueError names the file."""
+    entry, tokenizer = manifest["splits"][split]["sources"][source], manifest["tokenizer"]
+    expected = ShardHeader(
+        source=source,
+        split=split,
+        vocab_size=tokenizer["vocab_size"],
+        separator_id=tokenizer["separator_id"],
+        tokenizer_sha256=tokenizer["sha256"],
+    )
+    documents = tokens = 0
+    for name in entry["shards"]:
+        if name not in manifest["files"]:
+            raise ValueError(f"{folder / name} is used but not listed in {folder / MANIFEST}; make the folder again")
+        if problem := file_problem(folder, name, manifest["files"][name], read=False):
+            raise ValueError(f"{problem}; make the folder again")
+        shard = open_shard(folder / name)
+        for field, value in asdict(expected).items():
+            if (there := getattr(shard.header, field)) != value:
+                raise ValueError(f"{folder / name} says {field} {there}, the manifest {value}; make the folder again")
+        if shard.tokens.dtype.name != manifest["token_dtype"]:
+            said = manifest["token_dtype"]
             raise ValueError(
-                f"{folder}/{split}/{source} has {n_documents:,} documents, the manifest says {entry['documents']:,}; "
-                "make the folder again"
+                f"{folder / name} holds {shard.tokens.dtype}, the manifest says {said}; make the folder again"
             )
-
-
-def open_array(folder: Path, manifest: dict[str, Any], name: str, dtype: str) -> np.ndarray:
-    """Memory-map one .npy of the folder after checking its size, dtype and shape."""
-    if name not in manifest["files"]:
-        raise ValueError(f"{folder / name} is used but not listed in {folder / MANIFEST}; make the folder again")
-    if problem := file_problem(folder, name, manifest["files"][name], read=False):
-        raise ValueError(f"{problem}; make the folder again")
-    try:
-        array: np.ndarray = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{folder / name} is damaged: {error}; make the folder again") from None
-    if array.dtype != np.dtype(dtype) or array.ndim != 1 or not len(array):
+        documents += len(shard.starts)
+        tokens += len(shard.tokens)
+        yield shard
+    if (documents, tokens) != (entry["documents"], entry["tokens"]):
         raise ValueError(
-            f"{folder / name} holds {array.dtype} of shape {array.shape}; expected {dtype} in one dimension; "
-            "make the folder again"
+            f"{folder}/{split}/{source} has {tokens:,} tokens in {documents:,} documents, the manifest says "
+            f"{entry['tokens']:,} in {entry['documents']:,}; make the folder again"
         )
-    return array
+
+
+def shard_problem(shard: Shard) -> str | None:
+    """What is wrong inside a shard: its starts are not exactly the places of its separators. Reads all its tokens."""
+    if np.array_equal(np.flatnonzero(shard.tokens == shard.header.separator_id), shard.starts):
+        return None
+    return "its document table does not fit its separators"
 
 
 # ---- command line
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, n_threads: int) -> None:
     """Check every file, a line each; ValueError names the damaged ones."""
     manifest = read_manifest(folder)
     names = file_names(manifest)
     damaged = []
-    for name in names:
-        problem = file_problem(folder, name, manifest["files"][name])
-        print(f"{'BAD' if problem else 'ok '} {manifest['files'][name]['bytes']:>12,}  {problem or name}", flush=True)
-        if problem:
-            damaged.append(problem)
+    # reading and hashing release the interpreter's lock, so threads are enough
+    with ThreadPoolExecutor(n_threads) as pool:
+        problems = pool.map(lambda name: file_problem(folder, name, manifest["files"][name]), names)
+        for name, problem in zip(names, problems, strict=True):
+            print(
+                f"{'BAD' if problem else 'ok '} {manifest['files'][name]['bytes']:>14,}  {problem or name}", flush=True
+            )
+            if problem:
+                damaged.append(problem)
     if damaged:
         summary = f"{len(damaged)} of {len(names)} files are damaged"
         raise ValueError(f"{summary}: {'; '.join(damaged)}; make the folder again")
+    if manifest["files"][manifest["tokenizer"]["file"]]["sha256"] != manifest["tokenizer"]["sha256"]:
+        raise ValueError(f"{folder} was made with another tokenizer than the one in it; make the folder again")
     for split in SPLITS:
-        check_starts(folder, manifest, split)
+        for source in manifest["splits"][split]["sources"]:
+            for number, shard in enumerate(open_shards(folder, manifest, split, source)):
+                if problem := shard_problem(shard):
+                    raise ValueError(f"{folder}/{split}/{source}, shard {number}: {problem}; make the folder again")
     streams = [open_stream(folder, split) for split in SPLITS]
     held = ", ".join(f"{s.split} {s.n_tokens:,} tokens in {s.n_documents:,} documents" for s in streams)
     print(f"{folder} is whole: {len(names)} files, {held}")
 
 
+def inspect(
+    folder: Path, split: str, source: str | None, document: int, n: int, document_id: str | None, characters: int
+) -> None:
+    """Print documents of a data folder as text: n of them from number `document` on, or the one of an id."""
+    from curation.tokenizer import load_tokenizer  # which imports this file
+
+    manifest = read_manifest(folder)
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+    sources = manifest["splits"][split]["sources"]
+    if source is not None and source not in sources:
+        raise ValueError(f"{folder}/{split} has no source {source!r}; it has: {', '.join(sorted(sources))}")
+    tokenizer = load_tokenizer(folder / manifest["tokenizer"]["file"])
+    wanted = None if document_id is None else id_hash(document_id)
+    left = n
+    for name in [source] if source is not None else sorted(sources):
+        first = 0
+        for path, shard in zip(sources[name]["shards"], open_shards(folder, manifest, split, name), strict=True):
+            if wanted is None:
+                places = np.arange(max(document - first, 0), len(shard.starts))[:left]
+            else:
+                places = np.flatnonzero((shard.ids == wanted).all(axis=1))
+            ends = np.append(shard.starts[1:], len(shard.tokens))
+            for place in places.tolist():
+                tokens = shard.tokens[int(shard.starts[place]) + 1 : int(ends[place])].tolist()
+                text = tokenizer.decode(tokens[: 2 * characters])
+                more = (
+                    f" [... of {len(tokens):,} tokens]"
+                    if len(text) > characters or len(tokens) > 2 * characters
+                    else ""
+                )
+                print(f"==== {path} document {first + place:,}, id hash {shard.ids[place].tobytes().hex()}")
+                print(text[:characters] + more)
+                left -= 1
+            first += len(shard.starts)
+            if left <= 0:
+                return
+    if left == n:
+        what = f"no document {document:,}" if wanted is None else f"no document with the id {document_id!r}"
+        raise ValueError(f"{folder}/{split} has {what}; it has {manifest['splits'][split]['documents']:,} documents")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m curation.shards", description="Check a data folder against its manifest.", allow_abbrev=False
+        prog="python -m curation.shards", description="Check a data folder, or read in it.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="size and sha256 of every file; exit code 0 if all are right, else 2")
     command.add_argument("folder", type=Path, help="a data folder, such as data/local")
-    arguments = parser.parse_args(argv)
+    command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="files read at once")
+    command = commands.add_parser("inspect", help="documents as text")
+    command.add_argument("folder", type=Path, help="a data folder, such as data/local")
+    command.add_argument("--split", default="train", help=f"one of {', '.join(SPLITS)}")
+    command.add_argument("--source", help="of this source; default: of all")
+    command.add_argument("--document", type=int, default=0, help="begin with this one of each source")
+    command.add_argument("--n", type=int, default=3, help="print so many")
+    command.add_argument("--id", dest="document_id", help="the document of this id, wherever it is")
+    command.add_argument("--characters", type=int, default=500, help="print at most so much of each")
+    flags = vars(parser.parse_args(argv))
     try:
-        verify(arguments.folder)
+        if flags.pop("command") == "verify":
+            verify(flags["folder"], max(1, flags["threads"]))
+        else:
+            inspect(**flags)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -62,7 +62,7 @@ class Source:
     revision: str | None = None  # a commit
     folder: str | None = None
     paths: tuple[str, ...] = ("*",)  # patterns of names in the repository or folder; * goes through folders
-    files: Callable[[], Iterable[tuple[str, Path]]] | None = None  # (name, path) of every file, in any order
+    files: Callable[[], Iterable[tuple[str, str]]] | None = None  # (name, path) of every file, in any order
     extract: Extract | None = None
     text_columns: tuple[str, ...] = ("text",)
     row_text: Callable[[Mapping[str, Any]], str] | None = None  # of the text columns, where the text is not in one
@@ -168,7 +168,9 @@ def list_files(source: Source, mirror: Path | None = None) -> list[InputFile]:
         if not root.is_dir():
             raise FileNotFoundError(f"source {source.name}: there is no folder {root}")
         files = [
-            InputFile(name=os.fsencode(name).decode(errors="replace"), path=str(path), size_bytes=path.stat().st_size)
+            InputFile(
+                name=os.fsencode(name).decode(errors="replace"), path=str(path), size_bytes=os.stat(path).st_size
+            )
             for name, path in walk(root, skip={".git", ".cache"})
         ]
         where = str(root)
@@ -185,7 +187,7 @@ def list_inputs(source: Source) -> list[InputFile]:
     then the second of each: one family with thousands of files must not fill the budget alone.
     """
     inputs = [
-        InputFile(name=os.fsencode(name).decode(errors="replace"), path=str(path), size_bytes=path.stat().st_size)
+        InputFile(name=os.fsencode(name).decode(errors="replace"), path=str(path), size_bytes=os.stat(path).st_size)
         for name, path in (source.files or tuple)()
     ]
     inputs.sort(key=lambda file: (hashlib.sha256(file.name.encode()).digest(), file.path))

@@ -1,305 +1,582 @@
-"""The stages of a curation run, in order, and how each survives a kill at any moment.
+"""The stages of a curation run, in order; what is done is never done again, and what was cut off begins anew.
 
-    inputs      the list of files, fixed at the first start
-    read        files -> documents, quality rules, fingerprints                (8 tasks a source)
-    split       duplicates among all sources; which documents are held out     (1 task)
-    tokenizer   trained on the training documents                              (1 task)
-    pack        tokens, shards, held-out text, dropped documents               (1 task a source)
-    tasks       evaluation items from the held-out text                        (1 task)
-    publish     the manifest, then every part is renamed into its place
+    read         a piece of files -> documents that passed the rules, fingerprints, ledger     (1 task a piece)
+    duplicates   among all pieces; which documents are held out                                (1 task)
+    tokenizer    trained on the training documents, where none is given                        (1 task)
+    tokens       of the documents that stay                                                    (1 task a piece)
+    mixture      how much of each source, and which documents go into which shard              (1 task)
+    shards       gathered from the pieces in the order of a hash of the text                   (1 task a shard)
+    texts        held-out text, evaluation items, what was dropped                             (1 task)
+    publish      links all of it into the data folder, the manifest last
 
-A stage works in `<out>/work/<stage>-<key>/`, where the key covers its settings, the code, the input list and the
-stages before it, so nothing made from other settings is ever taken up. datatrove marks each finished task there, the
-file `done` each finished stage; what a killed task had written is written again.
+A task works in `<out>/work/<stage>/<key>/`, and the key covers its settings, its code and the keys of what it reads
+(work.py): a changed option, or a file more or less, does again what it changes and nothing else. The final bytes
+depend neither on the pieces and workers nor on what was killed on the way.
 """
 
 import fcntl
-import hashlib
-import json
 import os
-import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from curation.recipe import RECIPES, Recipe, Settings, key_of
-from curation.shards import FORMAT, MANIFEST, SPLITS, file_sha256, new_file, sync_folder, token_dtype
-from curation.sources import list_inputs
-from curation.steps import DecideFates, FateReader, Packer, TaskWriter, TrainTokenizer, read_jsonl, read_steps
+from curation.executors import Group, Share, Stage, run_local
+from curation.filters import stock_of
+from curation.inputs import inputs_key
+from curation.recipe import RECIPES, Settings, rule_values, source_values
+from curation.shards import (
+    MANIFEST,
+    SHARD,
+    SPLITS,
+    ShardHeader,
+    file_entry,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
+from curation.sources import Piece, Source
+from curation.steps import (
+    EXAMPLE_CHARACTERS,
+    FATES,
+    POISONOUS,
+    ApplyRules,
+    DecideFates,
+    FateReader,
+    Ledger,
+    PieceReader,
+    PieceWriter,
+    PlanShards,
+    ShardWriter,
+    TextWriter,
+    TokenWriter,
+    TrainTokenizer,
+    read_json,
+    read_packed,
+)
 from curation.tokenizer import FILE_NAME, load_tokenizer
-from curation.workers import PoolPipelineExecutor, run_executors, worker_pool
+from curation.work import Task, code_version, key_of, task_folder, versions
+from curation.workers import Worker
 
-READ_TASKS = 8  # for each source: fixed, because it decides which files a budget covers
-PARTS = ("train", "heldout", "tasks", "dropped", FILE_NAME)  # of a data folder, beside the manifest
-SETTINGS_FILE = "settings.json"  # in the work folder: says that the folder is ours
-PACKAGES = ("datatrove", "sentencepiece", "numpy")
+PARTS = ("train", "heldout", "tasks", "dropped")  # folders of a data folder, beside the tokenizer and the manifest
+READING = ("readers", "sources", "hub", "local_text", "extract", "filters", "words", "decontaminate", "dedup", "steps")
+
+NAMES = ("read", "duplicates", "tokenizer", "tokens", "mixture", "shards", "texts")
 
 
-def build(settings: Settings, out: Path, n_workers: int) -> dict[str, Any]:
-    """Make the data folder, or go on making it; returns its manifest. `out` is empty, or was begun by this."""
-    recipe = RECIPES[settings.recipe]
-    work = out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    with only_writer(work), worker_pool(n_workers, work / "log.txt") as pool:
-        with new_file(work / SETTINGS_FILE) as file:
-            file.write(json.dumps(settings.resolved(), indent=1).encode())
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One recipe with its settings, the pieces of its input, and the folder where the work is done."""
 
-        inputs = work / f"inputs-{settings.recipe}"
-        list_files(recipe, inputs)
-        resolved = settings.resolved()
-        chosen = {name: resolved[name] for name in ("sources", "rules", "minhash")}
-        lists = [file_sha256(inputs / f"{source.name}.json") for source in recipe.sources]
-        read_key = key_of([chosen, code_version(), lists])
-        split_key = key_of([read_key, settings.heldout_percent, recipe.min_heldout_documents])
-        tokenizer_key = key_of([split_key, settings.vocab_size, recipe.tokenizer_sample_mb])
-        final_key = key_of([tokenizer_key, recipe.shard_tokens, recipe.task_items])
+    settings: Settings
+    work: Path
+    pieces: Mapping[str, tuple[Piece, ...]]  # by source, in the order of their priority
 
-        read = work / f"read-{read_key[:12]}"
-        split = work / f"split-{split_key[:12]}"
-        tokenizer = work / f"tokenizer-{tokenizer_key[:12]}"
-        final = work / f"final-{final_key[:12]}"
-        for other in set(work.glob("final-*")) - {final}:
-            shutil.rmtree(other)  # made with other settings, and perhaps half published already
+    @property
+    def recipe(self) -> Any:
+        return RECIPES[self.settings.recipe]
 
-        fates = split / "fates.json"
-        sources = [source.name for source in recipe.sources]
+    @cached_property
+    def sources(self) -> dict[str, Source]:
+        return {source.name: source for source in self.settings.sources}
 
-        def fate_reader() -> FateReader:
-            return FateReader(sources, read, fates)
+    # ---- the tasks; each stage may ask for the results of those before it
 
-        if not (final / MANIFEST).exists():
-            stage("read", read, pool, read_pipelines(settings, inputs, read), READ_TASKS, report_read)
-            decide = DecideFates(recipe, settings.heldout_percent, read / "fingerprints", fates)
-            stage("split", split, pool, {"all": [decide]}, 1, report_split)
-            train = TrainTokenizer(settings.vocab_size, recipe.tokenizer_sample_mb * 1e6, tokenizer / FILE_NAME)
-            stage("tokenizer", tokenizer, pool, {"all": [fate_reader(), train]}, 1, report_tokenizer)
-            pack = Packer(tokenizer / FILE_NAME, recipe.shard_tokens, final)
-            stage("pack", final / "pack", pool, {"all": [fate_reader(), pack]}, len(sources), report_pack)
-            items = TaskWriter(recipe.task_items, final)
-            stage("tasks", final / "items", pool, {"all": [items]}, 1, report_tasks)
-            shutil.copyfile(tokenizer / FILE_NAME, final / FILE_NAME)
-            manifest = make_manifest(settings, read, final)
-            with new_file(final / MANIFEST) as file:
-                file.write(json.dumps(manifest, indent=1).encode() + b"\n")
-    return publish(final, out)
+    @cached_property
+    def read_tasks(self) -> dict[str, list[Task]]:
+        """By source. What of a source decides its documents is in the key, and what does not (its budget) is not."""
+        recipe, tasks = self.recipe, {}
+        for name, pieces in self.pieces.items():
+            source = self.sources[name]
+            described = source_values(source)
+            reading = [described[field] for field in ("kind", "text_columns", "id_column")]
+            rules = [rule_values(rule) for rule in self.settings.rules(source)]
+            m = recipe.minhash
+            chosen = [name, reading, source.metadata_columns, rules, m.ngram_words, m.bands, m.rows]
+            chosen += [recipe.keep_dropped, self.settings.stock, code_version(*READING)]
+            tasks[name] = [
+                Task(
+                    key=key_of([chosen, piece.key]),
+                    size_bytes=piece.size_bytes,
+                    values={"piece": piece.values(), "name": piece.name},
+                )
+                for piece in pieces
+            ]
+        return tasks
+
+    @cached_property
+    def duplicates_task(self) -> Task:
+        pieces = [(source, task.key) for source, tasks in self.read_tasks.items() for task in tasks]
+        chosen = [self.recipe.near_duplicates_across, self.settings.heldout_percent, self.recipe.min_heldout_documents]
+        key = key_of([pieces, chosen, code_version("dedup", "heldout", "steps")])
+        size = sum(task.size_bytes for tasks in self.read_tasks.values() for task in tasks)
+        return Task(key=key, size_bytes=size, values={"pieces": pieces})
+
+    @cached_property
+    def duplicates(self) -> dict[str, Any]:
+        return read_json(task_folder(self.work, "duplicates", self.duplicates_task.key) / "summary.json")
+
+    @cached_property
+    def tokenizer_task(self) -> Task:
+        """The sample comes from as many pieces of each source as hold its share, in the order of their keys."""
+        wanted = 4 * self.recipe.tokenizer_sample_mb * 1e6  # bytes of files, to be sure of enough text
+        total = sum(task.size_bytes for tasks in self.read_tasks.values() for task in tasks)
+        keys = []
+        for tasks in self.read_tasks.values():
+            room = wanted * sum(task.size_bytes for task in tasks) / max(total, 1)
+            for task in sorted(tasks, key=lambda task: task.key):
+                if room <= 0:
+                    break
+                keys.append(task.key)
+                room -= task.size_bytes
+        fates = [self.duplicates["fates"][key] for key in keys]
+        chosen = [self.settings.vocab_size, self.recipe.tokenizer_sample_mb, code_version("tokenizer", "steps")]
+        values = {"pieces": keys, "fates": self.duplicates_task.key}
+        return Task(key=key_of([keys, fates, chosen]), size_bytes=0, values=values)
+
+    @cached_property
+    def tokenizer_file(self) -> Path:
+        if self.settings.tokenizer is not None:
+            return Path(self.settings.tokenizer).absolute()
+        return task_folder(self.work, "tokenizer", self.tokenizer_task.key) / FILE_NAME
+
+    @cached_property
+    def header(self) -> ShardHeader:
+        tokenizer = load_tokenizer(self.tokenizer_file)
+        return ShardHeader(
+            source="",
+            split="",
+            vocab_size=tokenizer.vocab_size,
+            separator_id=tokenizer.separator_id,
+            tokenizer_sha256=file_entry(self.tokenizer_file)["sha256"],
+        )
+
+    @cached_property
+    def token_tasks(self) -> dict[str, list[Task]]:
+        code = code_version("tokenizer", "steps")
+        return {
+            source: [
+                Task(
+                    key=key_of([read.key, self.duplicates["fates"][read.key], self.header.tokenizer_sha256, code]),
+                    size_bytes=read.size_bytes,
+                    values={"read": read.key, "fates": self.duplicates_task.key},
+                )
+                for read in tasks
+            ]
+            for source, tasks in self.read_tasks.items()
+        }
+
+    @cached_property
+    def mixture_task(self) -> Task:
+        sources = {
+            name: [source.budget_tokens, source.max_epochs]
+            for name, source in self.sources.items()
+            if source.budget_tokens is not None
+        }
+        pieces = {source: [task.key for task in tasks] for source, tasks in self.token_tasks.items()}
+        values = {"pieces": pieces, "budgets": sources, "on_short": self.recipe.on_short}
+        key = key_of([values, self.recipe.shard_tokens, code_version("mixture", "steps")])
+        return Task(key=key, size_bytes=0, values=values)
+
+    @cached_property
+    def mixture(self) -> dict[str, Any]:
+        return read_json(task_folder(self.work, "mixture", self.mixture_task.key) / "mixture.json")
+
+    @cached_property
+    def shard_tasks(self) -> dict[tuple[str, str], list[Task]]:
+        """By split and source. The keys of a source's shards change only with its own pieces and cut."""
+        width = 4 if self.header.vocab_size > 1 << 16 else 2
+        result = {}
+        for split in SPLITS:
+            for source, plan in self.mixture["sources"].items():
+                keys = [task.key for task in self.token_tasks[source]]
+                firsts = plan[split]["edges"]
+                lasts = [first - 1 for first in firsts[1:]] + [plan[split]["last"]] * bool(firsts)
+                size = plan[split]["tokens"] * width // max(len(firsts), 1)
+                tasks = []
+                for first, last in zip(firsts, lasts, strict=True):
+                    values = {"source": source, "split": split, "pieces": keys, "from": first, "to": last}
+                    key = key_of([values, vars(self.header), code_version("shards", "steps")])
+                    tasks.append(Task(key=key, size_bytes=size, values=values))
+                result[split, source] = tasks
+        return result
+
+    @cached_property
+    def texts_task(self) -> Task:
+        tokens = {source: [task.key for task in tasks] for source, tasks in self.token_tasks.items()}
+        dropped = {source: [task.key for task in tasks] for source, tasks in self.read_tasks.items()}
+        values = {
+            "tokens": tokens,
+            "dropped": dropped if self.recipe.keep_dropped else {},
+            "fates": self.duplicates_task.key,
+        }
+        return Task(
+            key=key_of([values, self.recipe.task_items, code_version("heldout", "steps")]), size_bytes=0, values=values
+        )
+
+    # ---- the stages
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name; those before it must be done."""
+        recipe, work = self.recipe, self.work
+        if name == "read":
+            groups = [
+                Group(name=source, tasks=tasks, pipeline=partial(self.read_pipeline, self.sources[source]))
+                for source, tasks in self.read_tasks.items()
+            ]
+            return Stage(name=name, groups=groups)
+        if name == "tokens":
+            steps: Callable[[Path], list[PipelineStep]] = lambda plan: [  # noqa: E731
+                FateReader(work, plan),
+                TokenWriter(work, plan, self.tokenizer_file),
+            ]
+            groups = [Group(name=source, tasks=tasks, pipeline=steps) for source, tasks in self.token_tasks.items()]
+            return Stage(name=name, groups=groups)
+        if name == "shards":
+            tasks = [task for of_source in self.shard_tasks.values() for task in of_source]
+            return one_group(name, tasks, lambda plan: [ShardWriter(work, plan, self.header)])
+        if name == "duplicates":
+            return one_group(
+                name,
+                [self.duplicates_task],
+                lambda plan: [
+                    DecideFates(
+                        work,
+                        plan,
+                        recipe.near_duplicates_across,
+                        self.settings.heldout_percent,
+                        recipe.min_heldout_documents,
+                        tuple(self.sources),
+                    )
+                ],
+            )
+        if name == "tokenizer":
+            tasks = [self.tokenizer_task] if self.settings.tokenizer is None else []
+            sample = recipe.tokenizer_sample_mb * 1e6
+            size = self.settings.vocab_size
+            return one_group(name, tasks, lambda plan: [TrainTokenizer(work, plan, size, sample, FILE_NAME)])
+        if name == "mixture":
+            return one_group(name, [self.mixture_task], lambda plan: [PlanShards(work, plan, recipe.shard_tokens)])
+        if name == "texts":
+            step = partial(TextWriter, n_items=recipe.task_items, documents_for_items=recipe.documents_for_items)
+            return one_group(name, [self.texts_task], lambda plan: [step(work, plan)])
+        raise ValueError(f"unknown stage {name!r}; allowed: {', '.join(NAMES)}")
+
+    def read_pipeline(self, source: Source, plan: Path) -> list[PipelineStep]:
+        ledger = Ledger(self.recipe.keep_dropped)
+        rules = self.settings.rules(source)
+        steps: list[PipelineStep] = [ApplyRules(rules, ledger)]
+        if "filters" in self.settings.stock:  # each hands what it drops to the ledger, as ours do
+            steps = [s if isinstance(s, PipelineStep) else ApplyRules((s,), ledger) for s in stock_of(rules)]
+            for step in steps:
+                if isinstance(step, BaseFilter):
+                    step.exclusion_writer = ledger  # type: ignore[assignment]
+        return [
+            PieceReader(source, self.work, plan, ledger),
+            *steps,
+            PieceWriter(self.work, plan, self.recipe.minhash, ledger),
+        ]
+
+    # ---- what came out of a stage, in a line
+
+    def report(self, name: str) -> str:
+        if name == "read":
+            ledgers = [ledger for of_source in self.ledgers().values() for ledger in of_source]
+            documents = sum(ledger["documents_in"] for ledger in ledgers)
+            n_bytes = sum(ledger["text_bytes_in"] for ledger in ledgers)
+            passed = sum(ledger["kept"]["documents"] for ledger in ledgers)
+            rules = {rule for ledger in ledgers for rule in ledger["dropped"]}
+            return (
+                f"{documents:,} documents, {n_bytes / 1e6:.1f} MB; {passed:,} passed, {len(rules)} rules dropped some"
+            )
+        if name == "duplicates":
+            counts = {
+                fate: sum(entry[fate]["documents"] for entry in self.duplicates["sources"].values()) for fate in FATES
+            }
+            return (
+                f"{counts['exact_duplicate']:,} exact and {counts['near_duplicate']:,} near duplicates dropped; "
+                f"{counts['train']:,} documents to train, {counts['heldout']:,} held out"
+            )
+        if name == "tokenizer":
+            return f"{self.header.vocab_size:,} entries"
+        if name == "texts":
+            folder = task_folder(self.work, "texts", self.texts_task.key)
+            counts = {path.stem: path.read_bytes().count(b"\n") for path in sorted((folder / "tasks").iterdir())}
+            return ", ".join(f"{n:,} {kind} items" for kind, n in counts.items())
+        if name == "tokens":
+            return f"{sum(map(len, self.token_tasks.values())):,} pieces"
+        if name == "mixture":
+            return "; ".join(self.mixture["messages"]) or "every source as its budget says"
+        tokens = {s: sum(entry[s]["tokens"] for entry in self.mixture["sources"].values()) for s in SPLITS}
+        n_shards = sum(map(len, self.shard_tasks.values()))
+        return f"{tokens['train']:,} tokens to train, {tokens['heldout']:,} held out, in {n_shards} shards"
+
+    def ledgers(self) -> dict[str, list[dict[str, Any]]]:
+        return {
+            source: [read_json(task_folder(self.work, "read", task.key) / "ledger.json") for task in tasks]
+            for source, tasks in self.read_tasks.items()
+        }
+
+
+def one_group(name: str, tasks: list[Task], pipeline: Callable[[Path], list[PipelineStep]]) -> Stage:
+    return Stage(name=name, groups=[Group(name="all", tasks=tasks, pipeline=pipeline)])
+
+
+# ---- running
 
 
 @contextmanager
 def only_writer(work: Path) -> Iterator[None]:
-    """Refuse a second run on the same folder while the first one lives."""
+    """Refuse a second run on the same folder while the first one lives; what it left half done goes."""
     with open(work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is making {work.parent}; wait for it or take another --out") from None
+        for part in work.glob("*/*.part"):
+            shutil.rmtree(part, ignore_errors=True)
         yield
 
 
-def code_version() -> str:
-    """Changes with any line of this package and with the versions of what it stands on."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return key_of([hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(), versions()])
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
-
-
 def say(label: str, text: str, started: float) -> None:
-    print(f"{label:<10}{text:<88}{time.perf_counter() - started:>7.1f} s", flush=True)
+    print(f"{label:<11}{text:<88}{time.perf_counter() - started:>7.1f} s", flush=True)
 
 
-def stage(
-    label: str,
-    folder: Path,
-    pool: ProcessPoolExecutor,
-    pipelines: dict[str, list[PipelineStep]],
-    n_tasks: int,
-    report: Callable[[Path], str],
-) -> None:
-    """Run pipelines, by name, unless this stage is done; report(folder) says in a line what came out."""
+def run_stage(run: Run, name: str, execute: Callable[[Stage], None]) -> None:
+    """Do what is left of a stage and say in a line what came out."""
     started = time.perf_counter()
-    done = folder / "done"
-    if done.exists():
-        say(label, done.read_text() + " (done before)", started)
-        return
-    executors = [
-        PoolPipelineExecutor(pipeline, tasks=n_tasks, logging_dir=str(folder / "log" / name))
-        for name, pipeline in pipelines.items()
-    ]
-    run_executors(pool, executors, label)
-    summary = report(folder)
-    with new_file(done) as file:
-        file.write(summary.encode())
-    say(label, summary, started)
+    stage = run.stage(name)
+    left = stage.missing(run.work)
+    if left:
+        execute(stage)
+    say(name, run.report(name) + ("" if left else " (done before)"), started)
 
 
-# ---- the stages
-
-
-def list_files(recipe: Recipe, inputs: Path) -> None:
-    """Fix which files are read, a list for each source: a run that goes on after a kill must see the same ones."""
+def build(run: Run, out: Path, execute: Callable[[Stage], None]) -> dict[str, Any]:
+    """Make the data folder, or go on making it; returns its manifest. `execute` runs the tasks of a stage."""
     started = time.perf_counter()
-    n_files = []
-    for source in recipe.sources:
-        path = inputs / f"{source.name}.json"
-        if not path.exists():
-            with new_file(path) as file:
-                listed = [(file.name, file.path, file.size_bytes) for file in list_inputs(source)]
-                file.write(json.dumps(listed).encode())
-        n_files.append(len(json.loads(path.read_bytes())))
-        if not n_files[-1]:
-            say("inputs", f"{source.name}: this machine has no {source.description}; going on without", started)
-    say("inputs", f"{sum(n_files):,} files of {sum(map(bool, n_files))} sources", started)
+    n_pieces, n_bytes = sum(map(len, run.pieces.values())), sum(p.size_bytes for ps in run.pieces.values() for p in ps)
+    for name in [name for name, pieces in run.pieces.items() if not pieces]:
+        say("inputs", f"{name}: there is no {run.sources[name].description}; going on without", started)
+    say("inputs", f"{n_bytes / 1e6:,.1f} MB of files in {n_pieces:,} pieces", started)
+    for name in NAMES:
+        run_stage(run, name, execute)
+    return publish(run, out)
 
 
-def read_pipelines(settings: Settings, inputs: Path, out: Path) -> dict[str, list[PipelineStep]]:
-    recipe = RECIPES[settings.recipe]
-    return {
-        source.name: read_steps(recipe, source, inputs / f"{source.name}.json", settings.budget_bytes(source), out)
-        for source in recipe.sources
-    }
+def run_share(run: Run, name: str, share: Share, workers: list[Worker]) -> None:
+    """Do our share of one stage, as one of many hosts that see the same folder."""
+    for before in NAMES[: NAMES.index(name)]:
+        if left := run.stage(before).missing(run.work):
+            raise ValueError(f"stage {before} has {left} tasks left; do them first: --stage {before} --share ...")
+    started = time.perf_counter()
+    run_local(run.stage(name), run.work, share, workers)
+    say(name, f"share {share.index} of {share.of} is done", started)
 
 
-def read_totals(read: Path, source: str) -> tuple[int, int]:
-    """Documents and UTF-8 bytes that the source's reader made, from datatrove's statistics of each task."""
-    documents = text_bytes = 0
-    for path in (read / "log" / source / "stats").glob("*.json"):
-        reader = json.loads(path.read_bytes())[0]["stats"]
-        documents += stat_total(reader.get("documents", 0))
-        text_bytes += stat_total(reader.get("text_bytes", 0))
-    return documents, text_bytes
-
-
-def stat_total(stat: Any) -> int:
-    return int(stat["total"] if isinstance(stat, dict) else stat)
-
-
-def report_read(read: Path) -> str:
-    totals = [read_totals(read, path.name) for path in (read / "log").iterdir()]
-    rules = {path.stem for path in read.glob("dropped/*/*/*.jsonl")}
-    documents, text_bytes = map(sum, zip(*totals, strict=True))
-    passed = sum(1 for path in read.glob("documents/*/*.jsonl") for _ in read_jsonl(path))
-    return f"{documents:,} documents, {text_bytes / 1e6:.1f} MB; {passed:,} passed, {len(rules)} rules dropped some"
-
-
-def report_split(split: Path) -> str:
-    by_source = json.loads((split / "fates.json").read_bytes())
-    fates = [entry["fate"] for entries in by_source.values() for entry in entries.values()]
-    return (
-        f"{fates.count('exact_duplicate'):,} exact and {fates.count('near_duplicate'):,} near duplicates dropped; "
-        f"{fates.count('train'):,} documents to train, {fates.count('heldout'):,} held out"
-    )
-
-
-def report_tokenizer(folder: Path) -> str:
-    return f"{load_tokenizer(folder).vocab_size:,} pieces"
-
-
-def pack_counts(final: Path) -> dict[str, Any]:
-    return {path.stem: json.loads(path.read_bytes()) for path in sorted((final / "counts").glob("*.json"))}
-
-
-def report_pack(pack: Path) -> str:
-    packed = pack_counts(pack.parent)
-    tokens = {split: sum(p["counts"].get(split, {}).get("tokens", 0) for p in packed.values()) for split in SPLITS}
-    n_shards = sum(len(shards) for p in packed.values() for shards in p["shards"].values())
-    return f"{tokens['train']:,} tokens to train, {tokens['heldout']:,} held out, in {n_shards} shards"
-
-
-def report_tasks(items: Path) -> str:
-    counts = {path.stem: sum(1 for _ in read_jsonl(path)) for path in sorted((items.parent / "tasks").glob("*.jsonl"))}
-    return ", ".join(f"{n:,} {name} items" for name, n in counts.items())
-
+# ---- publishing
 
 NOTHING = {"documents": 0, "tokens": 0, "text_bytes": 0}
 
 
-def total(counts: Any) -> dict[str, int]:
-    counts = list(counts)
-    return {name: sum(count[name] for count in counts) for name in NOTHING}
+def add(into: dict[str, int], more: Mapping[str, int]) -> None:
+    for name in into:
+        into[name] += more.get(name, 0)
 
 
-def make_manifest(settings: Settings, read: Path, final: Path) -> dict[str, Any]:
-    """Counts, settings and checksums of the finished parts in `final`."""
-    packed = pack_counts(final)
+def make_funnel(run: Run) -> dict[str, Any]:
+    """What came in from each source, what each rule dropped, and what is left. Raises where it does not add up."""
     funnel = {}
-    for source in RECIPES[settings.recipe].sources:
-        counts = packed.get(source.name, {"counts": {}})["counts"]
-        dropped = {rule: count for rule, count in sorted(counts.items()) if rule not in SPLITS}
-        kept = {split: counts.get(split, NOTHING) for split in SPLITS}
-        funnel[source.name] = {
+    for name, ledgers in run.ledgers().items():
+        source = run.sources[name]
+        plan = run.mixture["sources"].get(name)
+        dropped: dict[str, dict[str, Any]] = {}
+        for ledger in ledgers:
+            for rule, counts in ledger["dropped"].items():
+                entry = dropped.setdefault(rule, {"documents": 0, "text_bytes": 0, "examples": []})
+                add_counts(entry, counts)
+                entry["examples"] = (entry["examples"] + counts["examples"])[:5]
+        fates = run.duplicates["sources"][name]
+        drops = [("exact_duplicate", fates["exact_duplicate"]), ("near_duplicate", fates["near_duplicate"])]
+        for task in run.token_tasks[name]:
+            lost = read_json(task_folder(run.work, "tokens", task.key) / "poisonous.json")
+            drops += [(POISONOUS, counts) for counts in lost.values()]
+        drops.append(("over_budget", plan["over_budget"] if plan else NOTHING))
+        for rule, counts in drops:
+            if counts["documents"]:
+                add_counts(dropped.setdefault(rule, {"documents": 0, "text_bytes": 0, "examples": []}), counts)
+        splits = {split: dict(NOTHING) | ({k: plan[split][k] for k in NOTHING} if plan else {}) for split in SPLITS}
+        kept = dict(NOTHING)
+        for counts in splits.values():
+            add(kept, counts)
+        read = {
+            "documents": sum(ledger["documents_in"] for ledger in ledgers),
+            "text_bytes": sum(ledger["text_bytes_in"] for ledger in ledgers),
+        }
+        passed = sum(ledger["kept"]["text_bytes"] for ledger in ledgers)
+        by_rules = sum(entry["text_bytes"] for ledger in ledgers for entry in ledger["dropped"].values())
+        rewritten = read["text_bytes"] - passed - by_rules  # what rewrites took out of documents that stayed
+        out = kept["documents"] + sum(entry["documents"] for entry in dropped.values())
+        out_bytes = kept["text_bytes"] + sum(entry["text_bytes"] for entry in dropped.values()) + rewritten
+        if (out, out_bytes) != (read["documents"], read["text_bytes"]):
+            raise RuntimeError(
+                f"the ledger of {name} does not add up: {read} came in, {out} and {out_bytes} bytes out"
+            )
+        funnel[name] = {
             "kind": source.kind,
             "description": source.description,
-            "read": total(counts.values()),
-            "dropped": dropped,
-            "kept": total(kept.values()),
-            **kept,
+            "licence": source.licence,
+            "read": read,
+            "dropped": dict(sorted(dropped.items())),
+            "removed_by_rewrites": {"text_bytes": rewritten},
+            "kept": kept,
+            **splits,
+            "length_histogram": add_histograms(ledger["length_histogram"] for ledger in ledgers),
+            "scores": add_scores(ledger["scores"] for ledger in ledgers),
         }
-        # what the reader made was counted on its own: no document may be lost on the way
-        counted = funnel[source.name]["read"]
-        assert read_totals(read, source.name) == (counted["documents"], counted["text_bytes"]), source.name
+    return funnel
 
+
+def add_counts(entry: dict[str, Any], counts: Mapping[str, Any]) -> None:
+    for name in ("documents", "text_bytes"):
+        entry[name] += counts[name]
+
+
+def add_histograms(histograms: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for histogram in histograms:
+        for bucket, n in histogram.items():
+            total[bucket] = total.get(bucket, 0) + n
+    return dict(sorted(total.items(), key=lambda entry: int(entry[0])))
+
+
+def add_scores(scores: Any) -> dict[str, list[int]]:
+    total: dict[str, list[int]] = {}
+    for entry in scores:
+        for name, counts in entry.items():
+            total[name] = [a + b for a, b in zip(total.get(name, [0] * len(counts)), counts, strict=True)]
+    return total
+
+
+def duplicate_examples(run: Run) -> list[dict[str, str]]:
+    """A few near duplicates beside what stays for them, as text."""
+
+    def document(place: list[Any]) -> dict[str, str]:
+        key, number = place
+        records = read_packed(task_folder(run.work, "read", key) / "documents.jsonl.zst")
+        record: dict[str, str] = next(islice(records, number, None))
+        return record
+
+    examples = []
+    for pair in run.duplicates["examples"]:
+        kept, duplicate = document(pair["kept"]), document(pair["duplicate"])
+        examples.append(
+            {
+                "kept_id": kept["id"],
+                "duplicate_id": duplicate["id"],
+                "kept_text": kept["text"][:EXAMPLE_CHARACTERS],
+                "duplicate_text": duplicate["text"][:EXAMPLE_CHARACTERS],
+            }
+        )
+    return examples
+
+
+def link(made: Path, place: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(made, place)
+    except OSError:
+        shutil.copyfile(made, place)
+
+
+def publish(run: Run, out: Path) -> dict[str, Any]:
+    """Put everything into the data folder, the manifest last; can be cut off and repeated."""
+    final = run.work / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    files: dict[str, Any] = {}
     splits: dict[str, Any] = {}
+    texts = task_folder(run.work, "texts", run.texts_task.key)
     for split in SPLITS:
-        sources = {}
-        for source, entry in packed.items():
-            if split in entry["counts"]:
-                text = {"text": f"heldout/{source}.jsonl"} if split == "heldout" else {}
-                sources[source] = entry["counts"][split] | {"shards": entry["shards"][split]} | text
-        splits[split] = total(sources.values()) | {"sources": sources}
+        (final / split).mkdir()
+        entries = {}
+        for source, plan in run.mixture["sources"].items():
+            if plan[split]["documents"]:
+                names = []
+                for i, task in enumerate(run.shard_tasks[split, source]):
+                    name = f"{split}/{source}-{i:05d}{SHARD}"
+                    folder = task_folder(run.work, "shards", task.key)
+                    link(folder / f"shard{SHARD}", final / name)
+                    files[name] = read_json(folder / "entry.json")
+                    names.append(name)
+                entries[source] = {k: plan[split][k] for k in NOTHING} | {"shards": names}
+                if split == "heldout":
+                    entries[source]["text"] = f"heldout/{source}.jsonl"
+        totals = dict(NOTHING)
+        for entry in entries.values():
+            add(totals, entry)
+        splits[split] = totals | {"sources": entries}
+    for part in PARTS[1:]:
+        (final / part).mkdir(exist_ok=True)
+        for path in sorted((texts / part).rglob("*")):
+            if path.is_file():
+                name = path.relative_to(texts).as_posix()
+                link(path, final / name)
+                files[name] = file_entry(path)
+    tokenizer_name = "tokenizer.json" if run.tokenizer_file.suffix == ".json" else FILE_NAME
+    shutil.copyfile(run.tokenizer_file, final / tokenizer_name)
+    files[tokenizer_name] = file_entry(final / tokenizer_name)
 
-    tokenizer = load_tokenizer(final)
-    files = {}
-    for part in PARTS:
-        (final / part).mkdir(exist_ok=True) if "." not in part else None
-        paths = [final / part] if (final / part).is_file() else sorted((final / part).rglob("*"))
-        for path in filter(Path.is_file, paths):
-            name = path.relative_to(final).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    return {
-        "format": FORMAT,
-        "recipe": settings.recipe,
-        "settings": settings.resolved(),
-        "key": key_of(settings.resolved()),
+    summary = run.duplicates
+    tasks = {}
+    for name in ("continuation", "last_word"):
+        items = (final / f"tasks/{name}.jsonl").read_bytes().count(b"\n")
+        tasks[name] = {"file": f"tasks/{name}.jsonl", "items": items}
+    funnel = make_funnel(run)
+    content = {
+        "recipe": run.settings.recipe,
+        "settings": run.settings.resolved(),
+        "key": inputs_key(run.settings, run.pieces),
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "tokenizer": {
-            "file": FILE_NAME,
-            "sha256": files[FILE_NAME]["sha256"],
-            "vocab_size": tokenizer.vocab_size,
-            "separator_id": tokenizer.separator_id,
+            "file": tokenizer_name,
+            "sha256": run.header.tokenizer_sha256,
+            "vocab_size": run.header.vocab_size,
+            "separator_id": run.header.separator_id,
         },
-        "token_dtype": token_dtype(tokenizer.vocab_size).name,
         "splits": splits,
-        "tasks": {
-            name: {"file": f"tasks/{name}.jsonl", "items": sum(1 for _ in read_jsonl(final / f"tasks/{name}.jsonl"))}
-            for name in ("continuation", "last_word")
-        },
+        "tasks": tasks,
         "funnel": funnel,
-        "files": files,
+        "duplicates": {
+            "exact": sum(entry["exact_duplicate"]["documents"] for entry in summary["sources"].values()),
+            "near": sum(entry["near_duplicate"]["documents"] for entry in summary["sources"].values()),
+            "clusters": summary["clusters"],
+            "examples": duplicate_examples(run),
+        },
+        "licences": {name: source.licence for name, source in run.sources.items()},
+        "mixture": run.mixture["mixture"],
+        "messages": run.mixture["messages"],
     }
-
-
-def publish(final: Path, out: Path) -> dict[str, Any]:
-    """Rename every part into its place, the manifest last, and remove the work folder; can be cut off and repeated."""
-    manifest = json.loads((final / MANIFEST).read_bytes())
+    (out / MANIFEST).unlink(missing_ok=True)  # from here on the folder is unfinished, until its manifest is back
+    sync_folder(out)
+    for name in ("tokenizer.json", FILE_NAME):
+        (out / name).unlink(missing_ok=True)
     for part in PARTS:
-        made, place = final / part, out / part
-        if made.exists():
-            if place.is_dir():
-                shutil.rmtree(place)
-            os.rename(made, place)
-    sync_folder(out)
-    os.rename(final / MANIFEST, out / MANIFEST)
-    sync_folder(out)
-    shutil.rmtree(out / "work")
-    return manifest
+        if (out / part).is_dir():
+            shutil.rmtree(out / part)
+        os.rename(final / part, out / part)
+    os.rename(final / tokenizer_name, out / tokenizer_name)
+    write_manifest(out, content, files)
+    shutil.rmtree(final)
+    return read_manifest(out)

@@ -1,322 +1,677 @@
-"""The datatrove steps of the pipeline. What they do is elsewhere (sources, filters, dedup, heldout, shards)."""
+"""The datatrove steps of the pipeline. What they do is elsewhere (readers, filters, dedup, heldout, shards).
+
+Each step does one task of a plan (work.py): rank r of the executor is task r. The steps run under any datatrove
+executor; the first step of a pipeline reads the plan, the last one makes the task's folder appear whole.
+"""
 
 import gzip
+import io
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
+import zstandard
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.readers.base import BaseReader
-from datatrove.pipeline.writers.jsonl import JsonlWriter
 
-from curation.dedup import band_keys, find_duplicates, text_digest
-from curation.filters import Rule
+from curation.dedup import fingerprint, rank, survivors
 from curation.heldout import choose_heldout, continuation_items, last_word_items
-from curation.recipe import MinHash, Recipe
-from curation.shards import new_file, token_dtype, write_shard
-from curation.sources import InputFile, Source, read_documents
+from curation.mixture import HIGHEST, cut, plan_mixture, settle
+from curation.readers import read_piece
+from curation.recipe import MinHash
+from curation.shards import SHARD, ShardHeader, file_entry, id_hash, token_dtype, write_shard
+from curation.sources import Source, piece_of
 from curation.tokenizer import load_tokenizer, train_tokenizer
+from curation.work import Progress, committed, planned, read_attempts, task_folder
 
 Documents = Iterator[Document]
 
+BATCH_ROWS = 1000  # read at once
+EXAMPLES = 3  # of what each rule dropped in a piece
+EXAMPLE_CHARACTERS = 500
+SCORES = ("language_score", "quality")  # metadata whose histograms are kept, between 0 and 1
+SCORE_BINS = 20
+POISONOUS = "poisonous"  # the rule that drops documents that killed or broke a worker twice
 
-def jsonl(records: Any) -> bytes:
-    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+# What becomes of a document that passed its rules.
+TRAIN, HELDOUT, EXACT, NEAR = range(4)
+FATES = ("train", "heldout", "exact_duplicate", "near_duplicate")
+
+
+# ---- files of a task
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    with open(path, "wb") as file:
+        file.writelines(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
+    with open(path, "rb") as file:
+        yield from map(orjson.loads, file)
+
+
+def read_packed(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl.zst, a few at a time in memory."""
+    with zstandard.open(path, "rb") as stream, io.BufferedReader(stream) as file:
+        yield from map(orjson.loads, file)
+
+
+def write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, sort_keys=True))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
 
 
 # ---- stage "read": from files to documents that passed the rules of their kind
 
 
-class SourceReader(BaseReader):
-    """Reads one source's files: task r of n takes every n-th of the list, until its share of the budget is full."""
+class Ledger:
+    """What came in from one piece, what each rule dropped, and what is left. One for all steps of a pipeline."""
 
-    name = "files of a source"
+    def __init__(self, keep_dropped: bool):
+        self.keep_dropped = keep_dropped
+        self.begin()
 
-    def __init__(self, source: Source, inputs_file: Path, budget_bytes: float):
+    def begin(self) -> None:
+        self.documents_in = self.text_bytes_in = 0
+        self.dropped: dict[str, dict[str, Any]] = {}
+        self.records: list[dict[str, Any]] = []  # all that was dropped, if it is to be kept
+        self.kept = {"documents": 0, "text_bytes": 0}
+        self.lengths: Counter[int] = Counter()
+        self.scores: dict[str, list[int]] = {}
+
+    def drop(self, document: Document, rule: str, evidence: Any = None) -> None:
+        entry = self.dropped.setdefault(rule, {"documents": 0, "text_bytes": 0, "examples": []})
+        entry["documents"] += 1
+        entry["text_bytes"] += document.metadata["text_bytes"]
+        record = {"id": document.id, "rule": rule} | ({"evidence": evidence} if evidence else {})
+        if len(entry["examples"]) < EXAMPLES:
+            entry["examples"].append({**record, "text": document.text[:EXAMPLE_CHARACTERS]})
+        if self.keep_dropped:
+            self.records.append({**record, "text": document.text})
+
+    def keep(self, document: Document) -> None:
+        self.kept["documents"] += 1
+        self.kept["text_bytes"] += len(document.text.encode())
+        self.lengths[len(document.text).bit_length()] += 1
+        for name in SCORES:
+            score = document.metadata.get(name)
+            if isinstance(score, int | float):
+                bins = self.scores.setdefault(name, [0] * SCORE_BINS)
+                bins[min(max(int(score * SCORE_BINS), 0), SCORE_BINS - 1)] += 1
+
+    def values(self, source: str, piece: str) -> dict[str, Any]:
+        dropped = sum(entry["documents"] for entry in self.dropped.values())
+        if self.documents_in != dropped + self.kept["documents"]:
+            raise RuntimeError(f"{piece}: {self.documents_in} documents in, {dropped} + {self.kept['documents']} out")
+        return {
+            "source": source,
+            "piece": piece,
+            "documents_in": self.documents_in,
+            "text_bytes_in": self.text_bytes_in,
+            "dropped": self.dropped,
+            "kept": self.kept,
+            "length_histogram": {str(bits): n for bits, n in sorted(self.lengths.items())},
+            "scores": self.scores,
+        }
+
+    # datatrove's own filters hand what they drop to a writer
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        pass
+
+    def write(self, document: Document, rank: int = 0, **_: Any) -> None:
+        self.drop(document, str(document.metadata.get("filter_reason") or "stock_filter"))
+
+
+class PieceReader(BaseReader):
+    """Reads the documents of one piece; those that could not be read as meant are dropped here, by their problem."""
+
+    name = "documents of a piece"
+
+    def __init__(self, source: Source, work: Path, plan: Path, ledger: Ledger):
         super().__init__()
         self.source = source
-        self.inputs_file = inputs_file
-        self.budget_bytes = budget_bytes
+        self.work = work
+        self.plan = plan
+        self.ledger = ledger
 
     def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> Documents:
-        inputs = json.loads(self.inputs_file.read_bytes())
-        text_bytes = 0
-        for name, path, size_bytes in inputs[rank::world_size]:
-            if text_bytes >= self.budget_bytes / world_size:
-                break
-            for raw in read_documents(self.source, InputFile(name=name, path=path, size_bytes=size_bytes)):
-                n = len(raw.text.encode())
-                text_bytes += n
-                self.stat_update("documents")
-                self.stat_update("text_bytes", value=n)
-                yield Document(text=raw.text, id=raw.id, metadata={"problem": raw.problem} if raw.problem else {})
+        task = planned(self.plan, rank, world_size)
+        attempts = read_attempts(self.work, task.key)
+        self.ledger.begin()
+        progress = Progress()
+        piece = piece_of(task.values["piece"])
+        for raw in read_piece(self.source, piece, attempts.smaller(BATCH_ROWS)):
+            n_bytes = len(raw.text.encode())
+            self.ledger.documents_in += 1
+            self.ledger.text_bytes_in += n_bytes
+            self.stat_update("documents")
+            self.stat_update("text_bytes", value=n_bytes)
+            document = Document(text=raw.text, id=raw.id, metadata={**raw.metadata, "text_bytes": n_bytes})
+            if problem := raw.problem or (POISONOUS if raw.id in attempts.quarantined else None):
+                self.ledger.drop(document, problem)
+                continue
+            progress.at(raw.id, n_bytes)
+            yield document
+        progress.done()
 
 
-class ProblemFilter(BaseFilter):
-    """Drops what the reader could not read as meant, by the name of the problem."""
+class ApplyRules(PipelineStep):
+    """Asks the rules of filters.py one after the other; the first that is broken drops the document by its name.
 
-    name = "readable files"
+    A rule that breaks on a document is tried once more; then the document is dropped as poisonous.
+    """
 
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        problem = doc.metadata.get("problem")
-        return (False, problem) if problem else True
+    type = "filter"
+    name = "rules"
 
-
-class RuleFilter(BaseFilter):
-    """Drops what breaks a rule of filters.py, by the name that the rule gives."""
-
-    def __init__(self, rule: Rule, exclusion_writer: JsonlWriter):
-        super().__init__(exclusion_writer)
-        self.rule = rule
-        self.name = type(rule).__name__
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        broken = self.rule.check(doc.text)
-        return (False, broken) if broken else True
-
-
-class Fingerprints(PipelineStep):
-    """Writes digest, MinHash keys and size of every document that passes; the documents go on unchanged."""
-
-    type = "dedup"
-    name = "fingerprints"
-
-    def __init__(self, folder: Path, minhash: MinHash):
+    def __init__(self, rules: Sequence[Any], ledger: Ledger):
         super().__init__()
-        self.folder = folder
-        self.minhash = minhash
+        self.rules = tuple(rules)
+        self.ledger = ledger
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
+        for document in data:
+            try:
+                broken = self.apply(document)
+            except Exception:
+                try:
+                    broken = self.apply(document)
+                except Exception as error:
+                    broken = POISONOUS, f"{type(error).__name__}: {error}"
+            if broken is None:
+                yield document
+            else:
+                self.ledger.drop(document, *broken)
+
+    def apply(self, document: Document) -> tuple[str, Any] | None:
+        """The broken rule and its evidence, or None; rewrites the text on the way."""
+        for rule in self.rules:
+            if hasattr(rule, "rewrite"):
+                document.text = rule.rewrite(document.text, document.metadata)
+                if not document.text:
+                    return "empty", None
+            elif broken := rule.check(document.text, document.metadata):
+                return broken, rule.explain(document.text) if hasattr(rule, "explain") else None
+        return None
+
+
+class PieceWriter(PipelineStep):
+    """Writes documents, their fingerprints and the ledger of one piece.
+
+    documents.jsonl.zst   id and text
+    fingerprints.npz      ids (n, 2), digests (n, 2), keys (bands, n) uint64; sizes (n,) bytes of text
+    dropped.jsonl.zst     what was dropped, if the recipe keeps it
+    ledger.json
+    """
+
+    type = "writer"
+    name = "piece"
+
+    def __init__(self, work: Path, plan: Path, minhash: MinHash, ledger: Ledger):
+        super().__init__()
+        self.work = work
+        self.plan = plan
+        self.minhash = minhash
+        self.ledger = ledger
+
+    def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> None:
+        task = planned(self.plan, rank, world_size)
         m = self.minhash
         ids, digests, keys, sizes = [], [], [], []
-        for document in data:
-            ids.append(document.id)
-            digests.append(text_digest(document.text))
-            keys.append(band_keys(document.text, m.ngram_words, m.bands, m.rows))
-            sizes.append(len(document.text.encode()))
-            yield document
-        with new_file(self.folder / f"{rank:05d}.npz") as file:
+        with committed(task_folder(self.work, "read", task.key)) as folder:
+            with zstandard.open(folder / "documents.jsonl.zst", "wb") as file:
+                for document in data:
+                    digest, bands = fingerprint(document.text, m.ngram_words, m.bands, m.rows)
+                    ids.append(id_hash(document.id))
+                    digests.append(digest)
+                    keys.append(bands)
+                    sizes.append(len(document.text.encode()))
+                    self.ledger.keep(document)
+                    record = {"id": document.id, "text": document.text}
+                    file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
             np.savez(
-                file,
-                ids=np.array(ids, np.str_),
+                folder / "fingerprints.npz",
+                ids=np.array(ids, np.uint64).reshape(-1, 2),
                 digests=np.array(digests, np.uint64).reshape(-1, 2),
-                keys=np.array(keys, np.uint64).reshape(-1, m.bands),
+                keys=np.ascontiguousarray(np.array(keys, np.uint64).reshape(-1, m.bands).T),
                 sizes=np.array(sizes, np.int64),
             )
+            if self.ledger.keep_dropped:
+                with zstandard.open(folder / "dropped.jsonl.zst", "wb") as file:
+                    for entry in self.ledger.records:
+                        file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+            source = task.values["piece"]["source"]
+            write_json(folder / "ledger.json", self.ledger.values(source, task.values["name"]))
 
 
-def read_steps(
-    recipe: Recipe, source: Source, inputs_file: Path, budget_bytes: float, out: Path
-) -> list[PipelineStep]:
-    """The pipeline of stage "read" for one source."""
-
-    def dropped() -> JsonlWriter:
-        name = "${rank}/${filter_reason}.jsonl"
-        return JsonlWriter(str(out / "dropped" / source.name), output_filename=name, compression=None)
-
-    return [
-        SourceReader(source, inputs_file, budget_bytes),
-        ProblemFilter(dropped()),
-        *[RuleFilter(rule, dropped()) for rule in recipe.rules[source.kind]],
-        Fingerprints(out / "fingerprints" / source.name, recipe.minhash),
-        JsonlWriter(str(out / "documents" / source.name), output_filename="${rank}.jsonl", compression=None),
-    ]
-
-
-# ---- stage "split": one table that says what becomes of each document
+# ---- stage "duplicates": what becomes of each document
 
 
 class DecideFates(PipelineStep):
-    """Finds the duplicates among all sources and holds out a part of the rest.
+    """Finds the duplicates among all pieces and holds out a part of the rest.
 
-    Writes fates.json: {source: {id: {"fate": "train", "heldout" or the rule that drops it, "order": number in the
-    shards, "duplicate_of": id}}}.
+    Writes for each piece <key>.npz with fates (n,) uint8 and, for duplicates, stays (n, 2), the hash of the id of the
+    document that stays; and summary.json. Pieces are named by the keys of their read tasks.
     """
 
     type = "dedup"
     name = "duplicates and held-out split"
 
-    def __init__(self, recipe: Recipe, heldout_percent: float, fingerprints: Path, fates_file: Path):
+    def __init__(
+        self, work: Path, plan: Path, across: bool, heldout_percent: float, min_heldout: int, sources: Sequence[str]
+    ):
         super().__init__()
-        self.recipe = recipe
+        self.work = work
+        self.plan = plan
+        self.across = across
         self.heldout_percent = heldout_percent
-        self.fingerprints = fingerprints
-        self.fates_file = fates_file
+        self.min_heldout = min_heldout
+        self.sources = tuple(sources)
 
     def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
-        sources = [source.name for source in self.recipe.sources]
-        parts = [
-            (priority, np.load(path))
-            for priority, source in enumerate(sources)
-            for path in sorted((self.fingerprints / source).glob("*.npz"))
-        ]
-        ids = np.concatenate([part["ids"] for _, part in parts]).tolist()
-        digests = np.concatenate([part["digests"] for _, part in parts])
-        priorities = np.concatenate([np.full(len(part["ids"]), priority) for priority, part in parts])
-        exact, near = find_duplicates(ids, priorities, digests, np.concatenate([part["keys"] for _, part in parts]))
+        task = planned(self.plan, rank, world_size)
+        pieces: list[tuple[str, str]] = [tuple(piece) for piece in task.values["pieces"]]  # (source, read key)
+        prints = [np.load(task_folder(self.work, "read", key) / "fingerprints.npz") for _, key in pieces]
+        ids, digests, sizes = (np.concatenate([p[name] for p in prints]) for name in ("ids", "digests", "sizes"))
+        counts = [len(p["sizes"]) for p in prints]
+        of_source = np.repeat([self.sources.index(source) for source, _ in pieces], counts)
+        bands = (np.concatenate([p["keys"][band] for p in prints]) for band in range(len(prints[0]["keys"])))
+        exact, stays = survivors(digests, bands, ranks(of_source, ids, digests), None if self.across else of_source)
 
-        fates: dict[str, dict[str, Any]] = {}
-        is_dropped = np.array([i in exact or i in near for i in ids], bool)
-        for priority, source in enumerate(sources):
-            stays = np.flatnonzero((priorities == priority) & ~is_dropped)
-            heldout = choose_heldout(digests[stays, 0], self.heldout_percent, self.recipe.min_heldout_documents)
-            fates[source] = {
-                ids[i]: {"fate": "heldout" if is_heldout else "train", "order": int(digests[i, 1])}
-                for i, is_heldout in zip(stays, heldout, strict=True)
+        here = np.arange(len(ids))
+        fates = np.where(exact != here, EXACT, np.where(stays != here, NEAR, TRAIN)).astype(np.uint8)
+        for number in range(len(self.sources)):
+            left = np.flatnonzero((of_source == number) & (fates == TRAIN))
+            chosen = choose_heldout(digests[left, 0], self.heldout_percent, self.min_heldout)
+            fates[left[chosen]] = HELDOUT
+        duplicate = fates >= EXACT
+        kept = np.where(duplicate[:, None], ids[stays], 0)
+
+        sizes_of = [np.bincount(fates[of_source == n], sizes[of_source == n], 4) for n in range(len(self.sources))]
+        counts_of = [np.bincount(fates[of_source == n], minlength=4) for n in range(len(self.sources))]
+        clusters = np.bincount(np.unique(stays[duplicate], return_counts=True)[1] + 1) if duplicate.any() else []
+        edges = np.cumsum([0, *counts])
+        with committed(task_folder(self.work, "duplicates", task.key)) as folder:
+            hashes = {}
+            for (_, key), start, stop in zip(pieces, edges[:-1], edges[1:], strict=True):
+                path = folder / f"{key}.npz"
+                np.savez(path, fates=fates[start:stop], stays=kept[start:stop])
+                hashes[key] = file_entry(path)["sha256"]
+            summary = {
+                "fates": hashes,
+                "sources": {
+                    source: {
+                        fate: {"documents": int(counts_of[n][f]), "text_bytes": int(sizes_of[n][f])}
+                        for f, fate in enumerate(FATES)
+                    }
+                    for n, source in enumerate(self.sources)
+                },
+                "clusters": {str(size): int(n) for size, n in enumerate(clusters) if n},
+                "examples": example_pairs(pieces, edges, fates, stays),
             }
-        for rule, duplicates in (("exact_duplicate", exact), ("near_duplicate", near)):
-            for document_id, kept_id in duplicates.items():
-                fates[document_id.split("/")[0]][document_id] = {"fate": rule, "duplicate_of": kept_id}
-        with new_file(self.fates_file) as file:
-            file.write(json.dumps(fates, sort_keys=True).encode())
+            write_json(folder / "summary.json", summary)
 
 
-class FateReader(BaseReader):
-    """Reads the documents of some sources in their final order, each with its fate in the metadata."""
+def ranks(of_source: np.ndarray, ids: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """The order in which documents stay, all different: the source's priority, then the hash of the id.
 
-    name = "documents with their fate"
+    Two documents of one source with one id (nobody keeps a source from having them) are told apart by their texts.
+    """
+    order = rank(of_source, ids[:, 0])
+    ordered = np.sort(order)
+    if not (ordered[1:] == ordered[:-1]).any():
+        return order
+    return np.argsort(np.lexsort((np.arange(len(ids)), digests[:, 0], ids[:, 1], order))).astype(np.uint64)
 
-    def __init__(self, sources: list[str], read_folder: Path, fates_file: Path):
-        super().__init__()
-        self.sources = sources
-        self.read_folder = read_folder
-        self.fates_file = fates_file
 
-    def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> Documents:
-        all_fates = json.loads(self.fates_file.read_bytes())
-        for source in self.sources[rank::world_size]:
-            fates = all_fates[source]
-            documents = []
-            for path in (self.read_folder / "documents" / source).glob("*.jsonl"):
-                for record in read_jsonl(path):
-                    metadata = {"source": source, **fates[record["id"]]}
-                    documents.append(Document(text=record["text"], id=record["id"], metadata=metadata))
-            for path in (self.read_folder / "dropped" / source).glob("*/*.jsonl"):
-                for record in read_jsonl(path):
-                    metadata = {"source": source, "fate": path.stem}
-                    documents.append(Document(text=record.get("text", ""), id=record["id"], metadata=metadata))
-            # the numbers come from hashes of the texts, so the order in a shard is a fixed random one
-            yield from sorted(documents, key=lambda document: (document.metadata.get("order", 0), document.id))
+def example_pairs(
+    pieces: Sequence[tuple[str, str]], edges: np.ndarray, fates: np.ndarray, stays: np.ndarray
+) -> list[dict[str, Any]]:
+    """Where to find a few near duplicates and what stays for them: [piece, place in it] of both."""
+
+    def place(number: int) -> list[Any]:
+        piece = int(np.searchsorted(edges, number, side="right")) - 1
+        return [pieces[piece][1], int(number - edges[piece])]
+
+    near = np.flatnonzero(fates == NEAR)
+    return [{"duplicate": place(int(i)), "kept": place(int(stays[i]))} for i in near[:: max(1, len(near) // 8)][:8]]
 
 
 # ---- stage "tokenizer"
 
 
 class TrainTokenizer(PipelineStep):
-    """Trains the tokenizer on the training documents: all, or a sample by the hash of the text."""
+    """Trains the tokenizer on training documents of the pieces in the plan: a sample by the hash of the text."""
 
     type = "tokenizer"
     name = "train"
 
-    def __init__(self, vocab_size: int, sample_bytes: float, path: Path):
+    def __init__(self, work: Path, plan: Path, vocab_size: int, sample_bytes: float, file_name: str):
         super().__init__()
+        self.work = work
+        self.plan = plan
         self.vocab_size = vocab_size
         self.sample_bytes = sample_bytes
-        self.path = path
+        self.file_name = file_name
+
+    def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
+        task = planned(self.plan, rank, world_size)
+        total, pieces = 0, []
+        for key in task.values["pieces"]:
+            prints, fates = piece_prints(self.work, task.values["fates"], key)
+            training = fates == TRAIN
+            total += int(prints["sizes"][training].sum())
+            pieces.append((key, prints["digests"][:, 1], training))
+        if not total:
+            raise ValueError("no text is left to train on; read more of it, or loosen the recipe's rules")
+        limit = np.uint64(min(self.sample_bytes / total, 1) * (2**64 - 2**11))
+        sample: list[tuple[int, str]] = []
+        for key, order, training in pieces:
+            chosen = training & (order <= limit)
+            documents = read_packed(task_folder(self.work, "read", key) / "documents.jsonl.zst")
+            sample += [(int(n), d["text"]) for n, d, is_in in zip(order, documents, chosen, strict=True) if is_in]
+        sample.sort()  # so that the model does not depend on how files were cut into pieces
+        with committed(task_folder(self.work, "tokenizer", task.key)) as folder:
+            train_tokenizer([text for _, text in sample], self.vocab_size, folder / self.file_name)
+
+
+def piece_prints(work: Path, fates_key: str, key: str) -> tuple[Any, np.ndarray]:
+    """Fingerprints and fates of the documents of a piece."""
+    prints = np.load(task_folder(work, "read", key) / "fingerprints.npz")
+    return prints, np.load(task_folder(work, "duplicates", fates_key) / f"{key}.npz")["fates"]
+
+
+# ---- stage "tokens": the tokens of each piece
+
+
+class FateReader(BaseReader):
+    """Reads the documents of one piece that stay, with what is known of them in the metadata."""
+
+    name = "documents that stay"
+
+    def __init__(self, work: Path, plan: Path):
+        super().__init__()
+        self.work = work
+        self.plan = plan
+
+    def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> Documents:
+        task = planned(self.plan, rank, world_size)
+        key = task.values["read"]
+        quarantined = read_attempts(self.work, task.key).quarantined
+        prints, fates = piece_prints(self.work, task.values["fates"], key)
+        order = prints["digests"][:, 1]
+        progress = Progress()
+        documents = read_packed(task_folder(self.work, "read", key) / "documents.jsonl.zst")
+        for n, fate, record in zip(order, fates, documents, strict=True):
+            if fate in (TRAIN, HELDOUT):
+                metadata = {"fate": int(fate), "order": n, "poisonous": record["id"] in quarantined}
+                progress.at(record["id"], len(record["text"].encode()))
+                yield Document(text=record["text"], id=record["id"], metadata=metadata)
+        progress.done()
+
+
+class TokenWriter(PipelineStep):
+    """Writes the tokens of one piece in the order of its documents, and the table to find them by.
+
+    tokens.bin      uint16 or uint32, a separator before each document
+    table.npz       sorted by (fate, order): fate, order, ids (n, 2), starts and lengths in tokens.bin, text_bytes
+    heldout.jsonl   id and text of the held-out documents, in that order
+    poisonous.json  {fate: {"documents", "text_bytes"}} of those that killed or broke a worker twice
+    """
+
+    type = "writer"
+    name = "tokens"
+
+    def __init__(self, work: Path, plan: Path, tokenizer_file: Path):
+        super().__init__()
+        self.work = work
+        self.plan = plan
+        self.tokenizer_file = tokenizer_file
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> None:
-        training = [document for document in data if document.metadata["fate"] == "train"]
-        total_bytes = sum(len(document.text.encode()) for document in training)
-        if not total_bytes:
-            raise ValueError("no text is left to train on; read more of it (--limit-mb), or loosen the recipe's rules")
-        limit = self.sample_bytes / total_bytes * 2**64
-        sample = [document.text for document in training if document.metadata["order"] < limit]
-        train_tokenizer(sample, self.vocab_size, self.path)
+        task = planned(self.plan, rank, world_size)
+        tokenizer = load_tokenizer(self.tokenizer_file)
+        dtype = token_dtype(tokenizer.vocab_size)
+        rows: list[tuple[int, int, int, int, int, int, int]] = []
+        heldout: list[tuple[int, dict[str, str]]] = []
+        poisonous: dict[str, dict[str, int]] = {}
+        n_tokens = 0
+        with committed(task_folder(self.work, "tokens", task.key)) as folder:
+            with open(folder / "tokens.bin", "wb") as file:
+                for document in data:
+                    fate, n_bytes = document.metadata["fate"], len(document.text.encode())
+                    ids = None if document.metadata["poisonous"] else encode_or_none(tokenizer, document.text)
+                    if ids is None:
+                        entry = poisonous.setdefault(FATES[fate], {"documents": 0, "text_bytes": 0})
+                        entry["documents"] += 1
+                        entry["text_bytes"] += n_bytes
+                        continue
+                    file.write(np.array([tokenizer.separator_id], dtype).data)
+                    file.write(np.asarray(ids, dtype).data)
+                    length = 1 + len(ids)
+                    order = int(document.metadata["order"])
+                    rows.append((fate, order, *id_hash(document.id).tolist(), n_tokens, length, n_bytes))
+                    if fate == HELDOUT:
+                        heldout.append((order, {"id": document.id, "text": document.text}))
+                    n_tokens += length
+            rows.sort()
+            columns = np.array(rows, np.uint64).reshape(-1, 7).T
+            np.savez(
+                folder / "table.npz",
+                fate=columns[0].astype(np.uint8),
+                order=columns[1],
+                ids=np.ascontiguousarray(columns[2:4].T),
+                starts=columns[4],
+                lengths=columns[5],
+                text_bytes=columns[6],
+            )
+            heldout.sort(key=lambda entry: (entry[0], entry[1]["id"]))
+            write_lines(folder / "heldout.jsonl", [{"order": order, **record} for order, record in heldout])
+            write_json(folder / "poisonous.json", poisonous)
 
 
-# ---- stage "pack": tokens, held-out text, and what was dropped
+def encode_or_none(tokenizer: Any, text: str) -> Any:
+    """The ids of a text; None if the tokenizer breaks on it twice."""
+    for _ in range(2):
+        try:
+            return tokenizer.encode(text)
+        except Exception:
+            continue
+    return None
 
 
-class Packer(PipelineStep):
-    """Writes the shards, the held-out text and the dropped documents of the sources that pass, and their counts."""
+# ---- stage "mixture": how much of each source, and which documents go into which shard
+
+
+class PlanShards(PipelineStep):
+    """Reads the tables of all pieces and decides the cut of each source and its shards; writes mixture.json.
+
+    sources: {source: {split: {"documents", "tokens", "text_bytes", "edges", "last"}, "over_budget": {...}}}, where
+    shard i of a split holds the documents with edges[i] <= order < edges[i + 1], and its last one up to `last`.
+    mixture, messages: as they go into the manifest (mixture.py); empty for a recipe without token budgets.
+    """
+
+    type = "writer"
+    name = "plan of the shards"
+
+    def __init__(self, work: Path, plan: Path, shard_tokens: int):
+        super().__init__()
+        self.work = work
+        self.plan = plan
+        self.shard_tokens = shard_tokens
+
+    def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
+        task = planned(self.plan, rank, world_size)
+        budgets = {source: budget for source, (budget, _) in task.values["budgets"].items()}
+        columns = {source: self.columns(keys) for source, keys in task.values["pieces"].items()}
+        mixture = None
+        if budgets:
+            available = {s: int(columns[s][TRAIN]["lengths"].sum()) for s in budgets}
+            caps = {source: cap for source, (_, cap) in task.values["budgets"].items()}
+            mixture = plan_mixture(available, budgets, caps, task.values["on_short"])
+        sources = {}
+        for source, by_fate in columns.items():
+            train, over = by_fate[TRAIN], {"documents": 0, "text_bytes": 0}
+            if source in budgets and len(train["order"]):
+                share = mixture.shares.get(source) if mixture else None
+                below = cut(train["order"], train["lengths"], share.tokens) if share else np.uint64(0)
+                stays = (train["order"] < below) | (below == HIGHEST)
+                over = {"documents": int((~stays).sum()), "text_bytes": int(train["text_bytes"][~stays].sum())}
+                train = {name: column[stays] for name, column in train.items()}
+            sources[source] = {
+                "train": self.shards_of(train),
+                "heldout": self.shards_of(by_fate[HELDOUT]),
+                "over_budget": over,
+            }
+        result: dict[str, Any] = {"mixture": {}, "messages": []}
+        if mixture:
+            result = settle(mixture, {source: sources[source]["train"]["tokens"] for source in mixture.shares})
+        with committed(task_folder(self.work, "mixture", task.key)) as folder:
+            write_json(folder / "mixture.json", {"sources": sources, **result})
+
+    def columns(self, keys: Sequence[str]) -> dict[int, dict[str, np.ndarray]]:
+        """order, lengths and text_bytes of all documents of these pieces, by fate."""
+        tables = [np.load(task_folder(self.work, "tokens", key) / "table.npz") for key in keys]
+        types = {"order": np.uint64, "lengths": np.int64, "text_bytes": np.int64}
+        return {
+            fate: {
+                name: np.concatenate([np.zeros(0, dtype), *(t[name][t["fate"] == fate].astype(dtype) for t in tables)])
+                for name, dtype in types.items()
+            }
+            for fate in (TRAIN, HELDOUT)
+        }
+
+    def shards_of(self, documents: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Counts, and where each shard begins in the order: a shard ends after `shard_tokens`."""
+        order, lengths = documents["order"], documents["lengths"]
+        by_order = np.argsort(order, kind="stable")
+        ordered, ends = order[by_order], np.cumsum(lengths[by_order])
+        marks = np.arange(self.shard_tokens, int(ends[-1]) if len(ends) else 0, self.shard_tokens)
+        edges = np.unique(np.concatenate([ordered[:1], ordered[np.searchsorted(ends, marks)]]))
+        return {
+            "documents": len(order),
+            "tokens": int(lengths.sum()),
+            "text_bytes": int(documents["text_bytes"].sum()),
+            "edges": edges.tolist(),
+            "last": int(ordered[-1]) if len(ordered) else 0,
+        }
+
+
+# ---- stage "shards"
+
+
+class ShardWriter(PipelineStep):
+    """Gathers the documents of one shard from all pieces of its source, in the order of the hash of their texts."""
 
     type = "writer"
     name = "shards"
 
-    def __init__(self, tokenizer_file: Path, shard_tokens: int, out: Path):
+    def __init__(self, work: Path, plan: Path, header: ShardHeader):
         super().__init__()
-        self.tokenizer_file = tokenizer_file
-        self.shard_tokens = shard_tokens
-        self.out = out
-
-    def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> None:
-        tokenizer = load_tokenizer(self.tokenizer_file)
-        dtype = token_dtype(tokenizer.vocab_size)
-        counts: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "tokens": 0, "text_bytes": 0})
-        waiting: dict[str, list[np.ndarray]] = defaultdict(list)  # of each split, the shard that is being filled
-        n_waiting: Counter[str] = Counter()  # tokens in it
-        shards: dict[str, list[dict[str, str]]] = defaultdict(list)
-        heldout: list[dict[str, str]] = []
-        dropped: dict[str, list[dict[str, str]]] = defaultdict(list)
-        source = ""
-
-        def write(split: str) -> None:
-            stem = f"{split}/{source}-{len(shards[split]):05d}"
-            write_shard(self.out / stem, waiting[split], tokenizer.separator_id, dtype)
-            shards[split].append({"tokens": f"{stem}.npy", "starts": f"{stem}.starts.npy"})
-            waiting[split].clear()
-            n_waiting[split] = 0
-
-        for document in data:
-            source, fate = document.metadata["source"], document.metadata["fate"]
-            tokens = np.array(tokenizer.encode(document.text), dtype)
-            counts[fate]["documents"] += 1
-            counts[fate]["tokens"] += 1 + len(tokens)  # with its separator, as in a shard
-            counts[fate]["text_bytes"] += len(document.text.encode())
-            record = {"id": document.id, "text": document.text}
-            if fate in ("train", "heldout"):
-                waiting[fate].append(tokens)
-                n_waiting[fate] += 1 + len(tokens)
-                if n_waiting[fate] >= self.shard_tokens:
-                    write(fate)
-                if fate == "heldout":
-                    heldout.append(record)
-            else:
-                kept = document.metadata.get("duplicate_of")
-                dropped[fate].append(record | ({"duplicate_of": kept} if kept else {}))
-        for split in [split for split, documents in waiting.items() if documents]:
-            write(split)
-        if heldout:
-            with new_file(self.out / f"heldout/{source}.jsonl") as file:
-                file.write(jsonl(heldout))
-        for rule, records in dropped.items():
-            records.sort(key=lambda record: record["id"])
-            with new_file(self.out / f"dropped/{source}/{rule}.jsonl.gz") as file:
-                file.write(gzip.compress(jsonl(records), mtime=0))  # no time in it: the same text gives the same bytes
-        if source:
-            with new_file(self.out / f"counts/{source}.json") as file:
-                file.write(json.dumps({"counts": counts, "shards": shards}, sort_keys=True).encode())
-
-
-# ---- stage "tasks"
-
-
-class TaskWriter(PipelineStep):
-    """Writes the evaluation items that are made from the held-out documents."""
-
-    type = "writer"
-    name = "evaluation items"
-
-    def __init__(self, n_items: int, out: Path):
-        super().__init__()
-        self.n_items = n_items
-        self.out = out
+        self.work = work
+        self.plan = plan
+        self.header = header
 
     def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
-        documents: Mapping[str, list[tuple[str, str]]] = {
-            path.stem: [(record["id"], record["text"]) for record in read_jsonl(path)]
-            for path in sorted((self.out / "heldout").glob("*.jsonl"))
-        }
-        for name, make in (("continuation", continuation_items), ("last_word", last_word_items)):
-            with new_file(self.out / f"tasks/{name}.jsonl") as file:
-                file.write(jsonl(make(documents, self.n_items)))
+        task = planned(self.plan, rank, world_size)
+        values = task.values
+        header = ShardHeader(**{**vars(self.header), "source": values["source"], "split": values["split"]})
+        fate = FATES.index(values["split"])
+        found: list[np.ndarray] = []
+        tokens: list[np.ndarray] = []
+        for number, key in enumerate(values["pieces"]):
+            folder = task_folder(self.work, "tokens", key)
+            table = np.load(folder / "table.npz")
+            order = np.where(table["fate"] == fate, table["order"], 0)
+            chosen = np.flatnonzero(
+                (table["fate"] == fate) & (order >= np.uint64(values["from"])) & (order <= np.uint64(values["to"]))
+            )
+            columns = [order, table["ids"][:, 0], table["ids"][:, 1], table["starts"], table["lengths"]]
+            rows = np.stack([column[chosen] for column in columns])
+            found.append(np.concatenate([rows, np.full((1, len(chosen)), number, np.uint64)]))
+            size = (folder / "tokens.bin").stat().st_size
+            dtype = token_dtype(header.vocab_size)
+            tokens.append(np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype))
+        order, first, second, starts, lengths, pieces = np.concatenate(found, axis=1)
+        by = np.lexsort((second, first, order))
+
+        progress = Progress()
+
+        def documents() -> Iterator[np.ndarray]:
+            for i in by:
+                start, length = int(starts[i]), int(lengths[i])
+                progress.at("", length * 2)
+                progress.tokens += length
+                yield tokens[int(pieces[i])][start : start + length]
+
+        with committed(task_folder(self.work, "shards", task.key)) as folder:
+            ids = np.stack([first[by], second[by]], axis=1)
+            write_shard(folder / f"shard{SHARD}", header, ids, lengths[by].astype(np.int64), documents())
+            write_json(folder / "entry.json", file_entry(folder / f"shard{SHARD}"))
+
+
+# ---- stage "texts": held-out text, evaluation items, what was dropped
+
+
+class TextWriter(PipelineStep):
+    """Writes heldout/<source>.jsonl, tasks/*.jsonl and, if the recipe keeps it, dropped/<source>/<rule>.jsonl.gz."""
+
+    type = "writer"
+    name = "held-out text, evaluation items, dropped documents"
+
+    def __init__(self, work: Path, plan: Path, n_items: int, documents_for_items: int):
+        super().__init__()
+        self.work = work
+        self.plan = plan
+        self.n_items = n_items
+        self.documents_for_items = documents_for_items
+
+    def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
+        task = planned(self.plan, rank, world_size)
+        with committed(task_folder(self.work, "texts", task.key)) as folder:
+            for name in ("heldout", "tasks", "dropped"):
+                (folder / name).mkdir()
+            documents: dict[str, list[tuple[str, str]]] = {}
+            for source, keys in task.values["tokens"].items():
+                held = [d for key in keys for d in read_jsonl(task_folder(self.work, "tokens", key) / "heldout.jsonl")]
+                held.sort(key=lambda document: (document["order"], document["id"]))
+                if held:
+                    records = [{"id": document["id"], "text": document["text"]} for document in held]
+                    write_lines(folder / f"heldout/{source}.jsonl", records)
+                    documents[source] = [(r["id"], r["text"]) for r in records[: self.documents_for_items]]
+            for name, make in (("continuation", continuation_items), ("last_word", last_word_items)):
+                write_lines(folder / f"tasks/{name}.jsonl", make(documents, self.n_items))
+            for source, keys in task.values["dropped"].items():
+                self.write_dropped(folder / "dropped" / source, keys, task.values["fates"])
+
+    def write_dropped(self, folder: Path, keys: Sequence[str], fates_key: str) -> None:
+        by_rule: dict[str, list[dict[str, Any]]] = {}
+        for key in keys:
+            read = task_folder(self.work, "read", key)
+            for record in read_packed(read / "dropped.jsonl.zst"):
+                by_rule.setdefault(record.pop("rule"), []).append(record)
+            decided = np.load(task_folder(self.work, "duplicates", fates_key) / f"{key}.npz")
+            for fate, stays, record in zip(
+                decided["fates"], decided["stays"], read_packed(read / "documents.jsonl.zst"), strict=True
+            ):
+                if fate in (EXACT, NEAR):
+                    by_rule.setdefault(FATES[fate], []).append({**record, "duplicate_of": stays.tobytes().hex()})
+        for rule, records in by_rule.items():
+            folder.mkdir(exist_ok=True)
+            records.sort(key=lambda record: record["id"])
+            lines = b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records)
+            # no time in it: the same text gives the same bytes
+            (folder / f"{rule}.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))

@@ -1,75 +1,148 @@
-"""Runs datatrove pipelines on a pool of processes that notices when one of them is killed."""
+"""Runs the tasks of datatrove executors on local processes that are watched: one that dies or hangs costs one task."""
 
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from datatrove.executor.local import LocalPipelineExecutor
 from tqdm import tqdm
 
+from curation.work import Pulse, Task, note_death, start_pulse
 
-class PoolPipelineExecutor(LocalPipelineExecutor):
-    """datatrove's local executor (tasks, logs, statistics, completion marks) on a pool that is given to it.
+DEATHS = 6  # of processes over one task, until the run gives up
+HANGING_S = 600.0  # at one document, until its process is killed
+WATCH_S = 0.5
 
-    The stock one waits for ever when the system kills a worker, for example because memory ran out.
-    """
 
-    def submit(self, pool: ProcessPoolExecutor) -> list[Future[None]]:
-        """Queue every task that has no completion mark yet."""
-        return [pool.submit(run_task, self, rank) for rank in self.get_incomplete_ranks(range(self.tasks))]
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One task: `executor` runs it as its rank `rank`."""
+
+    executor: LocalPipelineExecutor
+    rank: int
+    task: Task
+
+
+class Worker:
+    """One process, and the task it is at. A process of its own: when it dies, it is known over what."""
+
+    def __init__(self, number: int, work: Path):
+        self.pulse_file = work / "pulse" / f"{number}"
+        self.log_file = work / "log.txt"
+        self.job: Job | None = None
+        self.start()
+
+    def start(self) -> None:
+        self.pulse = Pulse(self.pulse_file)
+        self.pulse.show(0, 0, 0, "")
+        self.pool = ProcessPoolExecutor(
+            1,
+            multiprocessing.get_context("forkserver"),
+            initializer=start_worker,
+            initargs=(str(self.log_file), self.pulse_file),
+        )
+
+    def submit(self, job: Job) -> Future[None]:
+        self.job = job
+        self.pulse.show(0, 0, 0, "")
+        self.seen, self.seen_at = self.pulse.read(), time.monotonic()
+        return self.pool.submit(run_task, job.executor, job.rank)
+
+    def kill(self) -> None:
+        for process in list((self.pool._processes or {}).values()):
+            process.kill()
+
+    def kill_if_hanging(self) -> None:
+        now = self.pulse.read()
+        if now != self.seen or not now[3]:
+            self.seen, self.seen_at = now, time.monotonic()
+        elif time.monotonic() - self.seen_at > HANGING_S:
+            self.kill()
 
 
 def run_task(executor: LocalPipelineExecutor, rank: int) -> None:
     executor._run_for_rank(rank, local_rank=1)  # 1: only errors go to stderr, which is the log file here
 
 
-def run_executors(pool: ProcessPoolExecutor, executors: Sequence[PoolPipelineExecutor], label: str) -> None:
-    """Run all tasks of these executors at once, with a progress bar on a terminal. The first error ends the run.
+def run_jobs(workers: Sequence[Worker], work: Path, jobs: Sequence[Job], label: str) -> None:
+    """Run the jobs in this order, with a progress bar on a terminal.
 
-    Raises what a task raised, or ChildProcessError in one line when a worker died.
+    A task whose process died is tried again, smaller, and without the document that two died over (work.Attempts).
+    What a task raises ends the run. Raises ChildProcessError in one line when a task kills process after process.
     """
-    futures = [future for executor in executors for future in executor.submit(pool)]
-    total = sum(executor.tasks for executor in executors)
-    with tqdm(total=total, initial=total - len(futures), desc=label, unit="task", leave=False, disable=None) as bar:
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-        except BrokenProcessPool:
-            raise ChildProcessError(
-                f"a worker process died while at '{label}' (was it killed, or out of memory?); "
-                "run the same command to go on, with fewer --workers if memory is short"
-            ) from None
+    waiting = list(reversed(jobs))
+    running: dict[Future[None], Worker] = {}
+    done = documents = tokens = 0
+    total = sum(job.task.size_bytes for job in jobs)
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        while waiting or running:
+            for worker in workers:
+                if worker.job is None and waiting:
+                    running[worker.submit(waiting.pop())] = worker
+            finished, _ = wait(running, timeout=WATCH_S, return_when=FIRST_COMPLETED)
+            for future in finished:
+                worker = running.pop(future)
+                job, worker.job = worker.job, None
+                assert job is not None
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    attempts = note_death(work, job.task.key, worker.pulse.read()[3])
+                    worker.pool.shutdown(wait=False)
+                    worker.start()
+                    if attempts.deaths >= DEATHS:
+                        raise ChildProcessError(
+                            f"{attempts.deaths} worker processes died over one task of '{label}' (killed, or out of "
+                            "memory?); run the same command to go on, with fewer --workers if memory is short"
+                        ) from None
+                    waiting.append(job)
+                    continue
+                done += job.task.size_bytes
+                counts = worker.pulse.read()
+                documents, tokens = documents + counts[0], tokens + counts[2]
+                worker.pulse.show(0, 0, 0, "")
+            now = [worker.pulse.read() for worker in running.values()]
+            for worker in running.values():
+                worker.kill_if_hanging()
+            at = [min(w.job.task.size_bytes, c[1]) for w, c in zip(running.values(), now, strict=True) if w.job]
+            bar.n = done + sum(at)
+            counted = {"documents": f"{documents + sum(counts[0] for counts in now):,}"}
+            if n_tokens := tokens + sum(counts[2] for counts in now):
+                counted["tokens"] = f"{n_tokens:,}"
+            bar.set_postfix(counted)
 
 
 @contextmanager
-def worker_pool(n_workers: int, log_file: Path) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes write their messages to log_file and never outlive this process."""
-    pool = ProcessPoolExecutor(
-        n_workers, multiprocessing.get_context("forkserver"), initializer=start_worker, initargs=(str(log_file),)
-    )
-    try:
-        yield pool
-    except BaseException:
-        for process in multiprocessing.active_children():  # not worth waiting for: the next run does their tasks again
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+def worker_processes(n: int, work: Path) -> Iterator[list[Worker]]:
+    """n processes that write their messages to work/log.txt and never outlive this one."""
+    with ExitStack() as stack:
+        workers: list[Worker] = []
+        try:
+            for number in range(n):
+                workers.append(Worker(number, work))
+                stack.callback(workers[-1].pool.shutdown, cancel_futures=True)
+            yield workers
+        except BaseException:
+            for worker in workers:  # not worth waiting for: the next run does their tasks again
+                worker.kill()
+            raise
 
 
-def start_worker(log_file: str) -> None:
+def start_worker(log_file: str, pulse_file: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent answers it
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
+    start_pulse(pulse_file)
     threading.Thread(target=die_with_parent, daemon=True).start()
 
 

@@ -6,8 +6,9 @@ import random
 
 import torch
 from safetensors.torch import save_file
+from small_data import finish_folder
 
-from curation.shards import file_sha256, manifest_sha256, write_shard
+from curation.shards import file_sha256, manifest_sha256
 from curation.tokenizer import load_tokenizer, train_tokenizer
 from model.config import ModelConfig
 from model.hybrid import HybridLM
@@ -41,23 +42,16 @@ def make_data(folder):
     texts["prose"] = [make_text(10 + i, 20 + 9 * i) + "\n" for i in range(4)]
     train_tokenizer([text for documents in texts.values() for text in documents], 300, folder / "tokenizer.model")
     tokenizer = load_tokenizer(folder)
-    splits, funnel = {}, {}
-    for split in ("train", "heldout"):
-        sources = {}
-        for source, documents in texts.items():
-            stem = f"{split}/{source}-00000"
-            written = write_shard(folder / stem, tokenizer.encode_batch(documents), tokenizer.separator_id, "uint16")
-            n_bytes = sum(len(document.encode()) for document in documents)
-            counts = {"documents": written.documents, "tokens": written.tokens, "text_bytes": n_bytes}
-            shards = [{"tokens": f"{stem}.npy", "starts": f"{stem}.starts.npy"}]
-            sources[source] = {**counts, "shards": shards, "text": f"heldout/{source}.jsonl"}
-            twice, thrice = ({key: n * value for key, value in counts.items()} for n in (2, 3))
-            funnel[source] = {
-                "kind": "prose", "description": f"made of <{source}> words", "read": thrice, "kept": twice,
-                "dropped": {"too_short": counts}, "heldout": counts, "train": counts,
-            }  # fmt: skip
-        splits[split] = {"sources": sources, "tokens": sum(entry["tokens"] for entry in sources.values())}
+    funnel = {}
     for source, documents in texts.items():
+        n_bytes = sum(len(document.encode()) for document in documents)
+        tokens = sum(1 + len(ids) for ids in tokenizer.encode_batch(documents))
+        counts = {"documents": len(documents), "tokens": tokens, "text_bytes": n_bytes}
+        twice, thrice = ({key: n * value for key, value in counts.items()} for n in (2, 3))
+        funnel[source] = {
+            "kind": "prose", "description": f"made of <{source}> words", "read": thrice, "kept": twice,
+            "dropped": {"too_short": counts}, "heldout": counts, "train": counts,
+        }  # fmt: skip
         write_lines(folder / f"heldout/{source}.jsonl", [{"id": str(i), "text": t} for i, t in enumerate(documents)])
     continuation, last_word = [], []
     for i in range(12):
@@ -67,34 +61,15 @@ def make_data(folder):
         last_word.append({**item, "target": "model"})
     write_lines(folder / "tasks/continuation.jsonl", continuation)
     write_lines(folder / "tasks/last_word.jsonl", last_word[:10])
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+    tasks = {
+        "continuation": {"file": "tasks/continuation.jsonl", "items": 12},
+        "last_word": {"file": "tasks/last_word.jsonl", "items": 10},
     }
-    manifest = {
-        "format": 1,
-        "tokenizer": {
-            "file": "tokenizer.model",
-            "sha256": files["tokenizer.model"]["sha256"],
-            "vocab_size": tokenizer.vocab_size,
-            "separator_id": tokenizer.separator_id,
-        },
-        "token_dtype": "uint16",
-        "splits": splits,
-        "tasks": {
-            "continuation": {"file": "tasks/continuation.jsonl", "items": 12},
-            "last_word": {"file": "tasks/last_word.jsonl", "items": 10},
-        },
-        "funnel": funnel,
-        "files": files,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    return finish_folder(folder, tokenizer, {"train": texts, "heldout": texts}, tasks=tasks, funnel=funnel)
 
 
 def write_lines(path, rows):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -14,7 +14,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from small_run import make_data, make_model, make_run, make_text
 
-from curation.shards import file_sha256, read_manifest
+from curation.shards import file_sha256, read_manifest, write_manifest
 from curation.tokenizer import load_tokenizer, train_tokenizer
 from eval import sample, scoreboard
 from eval.harness import HarnessLM, build_tasks, score_choices, windows
@@ -304,8 +304,8 @@ def test_data_that_was_altered_remade_or_tokenized_otherwise_is_refused(folder, 
     (data / "heldout/code.jsonl").write_text(text.replace("model", "nodel"))
     assert "heldout/code.jsonl was altered" in refusal(capsys, checkpoint)
     (data / "heldout/code.jsonl").write_text(text)
-    manifest = json.loads((data / "manifest.json").read_text())
-    (data / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    manifest = read_manifest(data)
+    write_manifest(data, {**manifest, "created_utc": "later"})
     assert f"add: --data {data}" in refusal(capsys, checkpoint)
     assert scoreboard.main([str(checkpoint), "--data", str(data)]) == 0
     scores = json.loads((tmp_path / "run/eval/step_0000007.json").read_text())
@@ -313,7 +313,7 @@ def test_data_that_was_altered_remade_or_tokenized_otherwise_is_refused(folder, 
     capsys.readouterr()
     train_tokenizer([make_text(1, 500)], 290, data / "tokenizer.model")
     manifest["tokenizer"]["sha256"] = file_sha256(data / "tokenizer.model")
-    (data / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(data, manifest)
     assert "another tokenizer" in refusal(capsys, checkpoint, "--data", data)
 
 

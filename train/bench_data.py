@@ -12,12 +12,12 @@ which is left out where it is not installed.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,12 +27,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from curation.shards import FORMAT, MANIFEST, open_stream, write_shard
+from curation.shards import SHARD, ShardHeader, open_stream, shard_prefix, write_manifest, write_source
 from train.mixture import check_epochs, mixture_starts, read_mixture
 
 SEQ_LEN = 2048
 BATCH = 8
 SEPARATOR_ID = 0
+HEADER = ShardHeader(
+    source="", split="train", vocab_size=1 << 16, separator_id=SEPARATOR_ID, tokenizer_sha256="0" * 64
+)
 SOURCES = {"books": 0.1, "code": 0.2, "math": 0.1, "qa": 0.05, "science": 0.1, "web": 0.35, "wiki": 0.1}
 DOCUMENT_TOKENS = 1000  # on average
 
@@ -104,25 +107,28 @@ def make_sparse_folder(folder, n_tokens, shard_tokens):
         while left:
             tokens = min(left, shard_tokens)
             documents = -(-tokens // DOCUMENT_TOKENS)
-            stem = f"train/{source}-{len(entry['shards']):05d}"
-            for name, dtype, length in ((f"{stem}.npy", "<u2", tokens), (f"{stem}.starts.npy", "<u8", documents)):
-                with open(folder / name, "wb") as file:
-                    header = {"descr": dtype, "fortran_order": False, "shape": (length,)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    file.truncate(file.tell() + length * np.dtype(dtype).itemsize)
-                files[name] = {"bytes": (folder / name).stat().st_size, "sha256": "0" * 64}
-            entry["shards"].append({"tokens": f"{stem}.npy", "starts": f"{stem}.starts.npy"})
+            name = f"train/{source}-{len(entry['shards']):05d}{SHARD}"
+            prefix = shard_prefix(
+                replace(HEADER, source=source), {"ids": (documents, 2), "starts": (documents,)}, tokens
+            )
+            with open(folder / name, "wb") as file:
+                file.write(prefix)
+                file.truncate(len(prefix) + 24 * documents + 2 * tokens)
+            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": "0" * 64}
+            entry["shards"].append(name)
             entry["tokens"] += tokens
             entry["documents"] += documents
             left -= tokens
         sources[source] = entry
         n_shards += len(entry["shards"])
-    manifest = {
-        "format": FORMAT, "token_dtype": "uint16", "files": files, "splits": {"train": {"sources": sources}},
-        "tokenizer": {"file": "tokenizer.model", "vocab_size": 1 << 16, "separator_id": 1},
-    }  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    finish(folder, sources, files)
     return n_shards
+
+
+def finish(folder, sources, files):
+    tokenizer = {"file": "tokenizer.model", "sha256": HEADER.tokenizer_sha256, "vocab_size": HEADER.vocab_size}
+    tokenizer["separator_id"] = HEADER.separator_id
+    write_manifest(folder, {"tokenizer": tokenizer, "splits": {"train": {"sources": sources}}}, files)
 
 
 def start_up_alone(*arguments):
@@ -205,25 +211,15 @@ def tokens_per_s(batches, seconds):
 def make_random_folder(folder, n_tokens):
     """A data folder of random tokens in documents of random length: two sources of four shards."""
     random = np.random.default_rng(0)
-    files, sources = {}, {}
+    sources = {}
     for source in ("one", "two"):
-        entry = {"documents": 0, "tokens": 0, "text_bytes": 2 * n_tokens, "shards": []}
-        for number in range(4):
-            stem = f"train/{source}-{number:05d}"
-            tokens = random.integers(1, 50_000, n_tokens // 8, dtype=np.uint16)
-            edges = np.flatnonzero(random.random(n_tokens // 8) < 1 / DOCUMENT_TOKENS)
-            counts = write_shard(folder / stem, np.split(tokens, edges), SEPARATOR_ID, np.uint16)
-            entry["tokens"] += counts.tokens
-            entry["documents"] += counts.documents
-            entry["shards"].append({"tokens": f"{stem}.npy", "starts": f"{stem}.starts.npy"})
-            for name in entry["shards"][-1].values():
-                files[name] = {"bytes": (folder / name).stat().st_size, "sha256": "0" * 64}
-        sources[source] = entry
-    manifest = {
-        "format": FORMAT, "token_dtype": "uint16", "files": files, "splits": {"train": {"sources": sources}},
-        "tokenizer": {"file": "tokenizer.model", "vocab_size": 50_000, "separator_id": SEPARATOR_ID},
-    }  # fmt: skip
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+        tokens = random.integers(1, 50_000, n_tokens // 2, dtype=np.uint16)
+        edges = np.flatnonzero(random.random(len(tokens)) < 1 / DOCUMENT_TOKENS)
+        documents = ((f"{source}/{i}", piece) for i, piece in enumerate(np.split(tokens, edges)))
+        sources[source] = write_source(
+            folder, replace(HEADER, source=source), documents, 2 * n_tokens, shard_tokens=n_tokens // 8
+        )
+    finish(folder, sources, None)
     return folder
 
 
