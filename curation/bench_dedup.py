@@ -104,7 +104,7 @@ def fingerprints(corpus: Path) -> Contest:
     mine, my_spread = median_and_spread(megabytes, ours)
     other, other_spread = median_and_spread(megabytes, theirs)
     return Contest(
-        step="fingerprint: text digest and 14 MinHash keys",
+        step="fingerprint: text digest, 14 MinHash keys, sketch",
         metric="MB of text per CPU second",
         peer=peer_name("MinhashDedupSignature"),
         ours=mine,
@@ -123,8 +123,13 @@ def our_texts(corpus: Path, every: int) -> list[str]:
 
 def our_fingerprints(texts: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        digests, keys = zip(*(fingerprint(text, NGRAM, BANDS, ROWS) for text in texts), strict=True)
-        np.savez(Path(folder) / "fingerprints.npz", digests=np.array(digests), keys=np.array(keys))
+        digests, keys, sketches = zip(
+            *((*fingerprint(text, NGRAM, BANDS, ROWS), sketch(text, NGRAM, BANDS, ROWS)) for text in texts),
+            strict=True,
+        )
+        np.savez(
+            Path(folder) / "prints.npz", digests=np.array(digests), keys=np.array(keys), sketches=np.array(sketches)
+        )
 
 
 def their_step(corpus: Path, every: int) -> tuple[Any, list[str], str]:
