@@ -358,7 +358,7 @@ def repeated_characters(words: WordSums, n: int, limit: float) -> int:
     sorted_keys = np.sort(keys)
     again = sorted_keys[1:][sorted_keys[1:] == sorted_keys[:-1]]
     bound = len(again) * int(words.characters(n).max())
-    if bound <= limit:
+    if bound <= limit or not bound:
         return bound
     starts = again_at(keys, again)
     return int(words.offsets[union_ends(starts, n)].sum() - words.offsets[union_starts(starts, n)].sum())
