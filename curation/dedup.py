@@ -21,7 +21,7 @@ import numpy as np
 
 BLOCK = 1 << 15  # characters that are split into words at once
 SHINGLES = 1024  # shingles hashed at once: 112 x 1024 x 4 bytes stay in the cache
-BASE = 0x9E3779B97F4A7C15 | 1  # of the polynomial hashes
+BASE = 0x9E3779B97F4A7C15  # of the polynomial hashes; odd
 PART = 1 << 22  # keys sorted at once
 HEADER = 20_000  # characters at the start of a text among which a licence is looked for
 LEADING_COMMENT = re.compile(r"\s*(?:/\*.*?\*/\s*|<!--.*?-->\s*|(?:(?://|#|--|;|%)[^\n]*(?:\n\s*|$))+)", re.DOTALL)
