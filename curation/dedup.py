@@ -1,26 +1,32 @@
 """Exact and MinHash near-duplicate detection over arrays: documents are known by their ids, never by their position.
 
-A fingerprint is made from each document alone: the digest of its text, and one MinHash key for each band. Then all
-documents are numbered, `rank` puts them in one order (priority of the source, then a hash of the id), and of each
-group of duplicates the first in that order stays. The result depends neither on the numbering nor on how the
-documents were divided into tasks, and no step needs more memory than a few arrays of the number of documents.
+A fingerprint is made from each document alone: the digest of its text, one MinHash key for each band and, if wanted, a
+sketch. Then all documents are numbered, `rank` puts them in one order (priority of the source, then a hash of the id),
+and of each group of duplicates the first in that order stays. The result depends neither on the numbering nor on how
+the documents were divided into tasks, and no step needs more memory than a few arrays of the number of documents.
 
     digest, keys = fingerprint(text, ngram_words=5, bands=14, rows=8)     # of each document
-    exact, stays = survivors(digests, keys.T, rank(priorities, id_hashes))  # of all
+    sketched = sketch(text, ngram_words=5, bands=14, rows=8)
+    exact, stays = survivors(digests, keys.T, rank(priorities, id_hashes),  # of all
+                             is_near=lambda a, b: similarities(sketches[a], sketches[b], 14 * 8) >= 0.65)
 """
 
 import functools
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 BLOCK = 1 << 15  # characters that are split into words at once
 SHINGLES = 1024  # shingles hashed at once: 112 x 1024 x 4 bytes stay in the cache
-BASE = 0x9E3779B97F4A7C15 | 1  # of the polynomial hashes
+BASE = 0x9E3779B97F4A7C15  # of the polynomial hashes; odd
 PART = 1 << 22  # keys sorted at once
+HEADER = 20_000  # characters at the start of a text among which a licence is looked for
+LEADING_COMMENT = re.compile(r"\s*(?:/\*.*?\*/\s*|<!--.*?-->\s*|(?:(?://|#|--|;|%)[^\n]*(?:\n\s*|$))+)", re.DOTALL)
+WORD = re.compile(r"\w")
+LICENCE = re.compile(r"licen[cs]e|copyright", re.IGNORECASE)
 PAIRS = 1 << 16  # pairs joined at once: what a chunk needs stays in the cache
 
 
@@ -115,18 +121,42 @@ def factors(n: int) -> np.ndarray:
     return mixed(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(BASE)).reshape(n, 1) | np.uint64(1)
 
 
+def without_licence(text: str) -> str:
+    """The text after a comment at its start that speaks of a licence: thousands of files share it, and little else."""
+    comment = LEADING_COMMENT.match(text[:HEADER])
+    if comment and LICENCE.search(comment.group()) and WORD.search(text, comment.end()):
+        return text[comment.end() :]
+    return text
+
+
+@functools.lru_cache(maxsize=1)  # keys and sketch of a text are asked for one after the other
+def minima(text: str, ngram_words: int, n: int) -> np.ndarray:
+    """MinHash: the lowest hash of the text's n-grams of words under each of n functions, (n,) uint32."""
+    by = factors(n).astype(np.uint32)
+    lowest = np.full(n, np.iinfo(np.uint32).max, np.uint32)
+    for hashes in shingles(without_licence(text), ngram_words):
+        for start in range(0, len(hashes), SHINGLES):
+            np.minimum(lowest, (hashes[start : start + SHINGLES] * by).min(axis=1), out=lowest)
+    return lowest
+
+
 def band_keys(text: str, ngram_words: int, bands: int, rows: int) -> np.ndarray:
-    """MinHash of the text, one key for each band, (bands,) uint64; two texts that share a key are near duplicates.
+    """One key for each band, (bands,) uint64; two texts that share a key are likely near duplicates.
 
     Two texts whose sets of n-grams have the Jaccard similarity s share a key with probability 1 - (1 - s^rows)^bands.
     """
-    by = factors(bands * rows)
-    by32 = by.astype(np.uint32)
-    lowest = np.full(bands * rows, np.iinfo(np.uint32).max, np.uint32)
-    for hashes in shingles(text, ngram_words):
-        for start in range(0, len(hashes), SHINGLES):
-            np.minimum(lowest, (hashes[start : start + SHINGLES] * by32).min(axis=1), out=lowest)
-    return mixed((lowest * by[:, 0]).reshape(bands, rows).sum(axis=1))
+    n = bands * rows
+    spread = minima(text, ngram_words, n) * factors(n)[:, 0]
+    return mixed(spread.reshape(bands, rows).sum(axis=1))
+
+
+def sketch(text: str, ngram_words: int, bands: int, rows: int) -> np.ndarray:
+    """One bit of each minimum, (ceil(bands * rows / 64),) uint64: what `similarities` estimates from (b-bit MinHash).
+
+    Li and Koenig, arXiv:0910.3349.
+    """
+    bits = (minima(text, ngram_words, bands * rows) >> np.uint32(8) & np.uint32(1)).astype(bool)
+    return np.packbits(np.pad(bits, (0, -len(bits) % 64))).view("<u8")
 
 
 def fingerprint(text: str, ngram_words: int, bands: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,16 +240,30 @@ def rank(priorities: np.ndarray, id_hashes: np.ndarray) -> np.ndarray:
     return priorities.astype(np.uint64) << np.uint64(56) | id_hashes >> np.uint64(8)
 
 
+def similarities(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
+    """Jaccard similarities estimated from sketches a and b, (m, words) uint64 each, of n bits in use: (m,) floats.
+
+    For n = 112 the standard error is 0.06 at a similarity of 0.7. Two unlike texts agree in half their bits.
+    """
+    return 1 - 2 * np.bitwise_count(a ^ b).sum(axis=1) / n
+
+
 def survivors(
-    digests: np.ndarray, bands: Iterable[np.ndarray], rank: np.ndarray, sources: np.ndarray | None = None
+    digests: np.ndarray,
+    bands: Iterable[np.ndarray],
+    rank: np.ndarray,
+    sources: np.ndarray | None = None,
+    is_near: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each of n documents the number of the one with the same text that stays, and of the one that stays at last.
 
     digests: (n, 2) uint64; bands: one (n,) uint64 of keys a band, taken one after the other (rows of a memory map do);
     rank: (n,) uint64, all different, lower stays. Documents of one text are one document in any case. Near duplicates
-    are sought among all documents, or only within each source if `sources` (n,) gives each document's.
+    are sought among all documents, or only within each source if `sources` (n,) gives each document's. Documents that
+    share a key are near duplicates, or only if is_near(numbers (m,), numbers (m,)) -> (m,) bool says so too.
     Returns exact, stays, (n,) each: document i stays if stays[i] == i; is an exact duplicate if exact[i] != i, else
     a near duplicate. stays[i] may be connected with i only through others of the cluster.
+    About 35 bytes a document beside the inputs at the peak.
     """
     n = len(rank)
     # from here on documents are numbered by their place in this order
@@ -237,7 +281,10 @@ def survivors(
         keys = keys[order]
         if sources is not None:
             keys = mixed(keys + mixed(sources[order].astype(np.uint64) + np.uint64(1)))
-        clusters.join(band_pairs(keys))
+        pairs = band_pairs(keys)
+        for start in range(0, len(pairs), PAIRS):
+            some = pairs[start : start + PAIRS]
+            clusters.join(some if is_near is None else some[is_near(order[some[:, 0]], order[some[:, 1]])])
     stays = np.empty_like(exact)
     stays[order] = order[clusters.lowest()]
     return exact, stays[exact]

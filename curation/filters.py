@@ -358,7 +358,7 @@ def repeated_characters(words: WordSums, n: int, limit: float) -> int:
     sorted_keys = np.sort(keys)
     again = sorted_keys[1:][sorted_keys[1:] == sorted_keys[:-1]]
     bound = len(again) * int(words.characters(n).max())
-    if bound <= limit:
+    if bound <= limit or not bound:
         return bound
     starts = again_at(keys, again)
     return int(words.offsets[union_ends(starts, n)].sum() - words.offsets[union_starts(starts, n)].sum())
@@ -784,11 +784,17 @@ def listed_words(file: str | None, built_in: Iterable[str]) -> frozenset[str]:
 @cache
 def listed_hashes(file: str) -> np.ndarray:
     """Sorted hashes of the lines, 8 bytes each: a list of five million domains takes 37 MB."""
-    found = []
-    with open(file, "rb", buffering=1 << 20) as lines:
-        while some := lines.readlines(1 << 24):
-            found.append(np.fromiter((hash(line.strip()) for line in some if line[0] != 35), np.int64))
-    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+    found = np.zeros(0, np.int64)
+    rest = b""
+    with open(file, "rb") as lines:
+        while block := lines.read(1 << 22) or rest and b"\n":  # a last line without an end
+            *entries, rest = (rest + block).replace(b"\r", b"").split(b"\n")
+            if b"#" in block:
+                entries = [entry for entry in entries if not entry.startswith(b"#")]
+            hashes = np.fromiter(map(hash, entries), np.int64, len(entries))
+            found = np.concatenate([found, hashes])
+    found.sort()
+    return found
 
 
 def holds(hashes: np.ndarray, entry: str) -> bool:

@@ -76,10 +76,9 @@ def run_merges(
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerJson:
-    """A tokenizer.json as far as it is needed here: added tokens stay apart, because text must not become one."""
+    """A tokenizer.json as far as it is needed here."""
 
-    path: Path
-    token_bytes: list[bytes]  # of each id; empty for added tokens
+    token_bytes: list[bytes]  # of each id; empty for those that text must not become
     added: dict[str, int]
     encode: Encode | None  # by merges
     problem: str  # why `encode` is None
@@ -92,10 +91,25 @@ BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
 }
 
 
+def is_text(added: dict[str, Any]) -> bool:
+    """Whether an added token stands for text, as a run of spaces does: it is not special, and no <tag>."""
+    return not added["special"] and not (added["content"].startswith("<") and added["content"].endswith(">"))
+
+
 def library_tokenizer(path: Path) -> Library:
-    """The file's tokenizer in its own library, without the added tokens, so that text never becomes one of them."""
-    settings = json.loads(path.read_bytes())
-    return Library.from_str(json.dumps(settings | {"added_tokens": [], "truncation": None, "padding": None}))
+    """The file's tokenizer in its own library, without the added tokens that text must not become.
+
+    Raises ValueError in one line when the library refuses the file.
+    """
+    try:
+        settings = json.loads(path.read_bytes())
+        words = [token for token in settings["added_tokens"] if is_text(token)]
+        library = Library.from_str(json.dumps(settings | {"added_tokens": words, "truncation": None, "padding": None}))
+    except Exception as error:  # it raises nothing narrower
+        raise ValueError(f"{path} cannot be loaded by tokenizers: {error}") from None
+    if any(library.token_to_id(token["content"]) != token["id"] for token in words):
+        raise ValueError(f"{path} adds tokens to its vocabulary that get other ids without its special tokens")
+    return library
 
 
 def library_encode(library: Library) -> Encode:
@@ -106,29 +120,27 @@ def tokenizer_json(path: Path) -> TokenizerJson:
     """Read a tokenizer.json whose model is a byte-level BPE. Raises ValueError in one line for anything else."""
     try:
         settings = json.loads(path.read_bytes())
-        model, added = settings["model"], {token["content"]: token["id"] for token in settings["added_tokens"]}
-        vocab, kind, merges = model["vocab"], model.get("type", "BPE"), model.get("merges", [])
-    except (ValueError, KeyError, TypeError):
+        model, words = settings["model"], [token for token in settings["added_tokens"] if is_text(token)]
+        added = {token["content"]: token["id"] for token in settings["added_tokens"]}
+        kind, vocab, merges = model.get("type", "BPE"), model["vocab"], model.get("merges", [])
+        if kind != "BPE" or model.get("dropout") or not BYTE_OF.keys() >= set().union(*vocab.keys() - added.keys()):
+            raise ValueError(f"{path} is not a byte-level BPE without dropout; its model is {kind}")
+        token_bytes = [b""] * (1 + max([*vocab.values(), *added.values()]))
+        for piece in vocab.keys() - added.keys():
+            token_bytes[vocab[piece]] = bytes(map(BYTE_OF.__getitem__, piece))
+        for token in words:
+            token_bytes[token["id"]] = token["content"].encode()
+        tokens, problem = merge_order(vocab, merges, token_bytes)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{path} is damaged or not a tokenizer.json") from None
-    if kind != "BPE" or not all(BYTE_OF.keys() >= set(piece) for piece in vocab.keys() - added.keys()):
-        raise ValueError(f"{path} is a {kind} model that is not byte-level; a byte-level BPE is needed")
-    token_bytes = [b""] * (1 + max([*vocab.values(), *added.values()]))
-    for piece, token_id in vocab.items():
-        if piece not in added:
-            token_bytes[token_id] = bytes(map(BYTE_OF.__getitem__, piece))
-    pattern, problem = split_pattern(settings)
-    if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        problem = "its merges are random or mark the ends of words"
-    # the merges are pairs, in older files joined by a space
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    tokens = {bytes([byte]): (vocab[char],) if char in vocab else () for char, byte in BYTE_OF.items()}
-    for left, right in pairs:
-        parts = [token_bytes[vocab[part]] for part in (left, right)]
-        if not all(part in tokens for part in parts) or parts[0] + parts[1] in tokens:
-            problem = problem or f"{left!r} and {right!r} are merged before they are made, or to what is made already"
-        tokens[parts[0] + parts[1]] = (vocab[left + right],)
+    pattern, unknown = split_pattern(settings)
+    problem = problem or unknown
+    if words:
+        problem = f"it adds tokens for text, such as {words[0]['content']!r}"
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        problem = "its tokens are marked at the ends of words"
     if problem:
-        return TokenizerJson(path=path, token_bytes=token_bytes, added=added, encode=None, problem=problem)
+        return TokenizerJson(token_bytes=token_bytes, added=added, encode=None, problem=problem)
 
     library: list[Encode] = []  # loaded once, at the first text that needs it
 
@@ -139,7 +151,7 @@ def tokenizer_json(path: Path) -> TokenizerJson:
 
     # a byte that the vocabulary lacks is dropped by the library, and its neighbours merge
     by_merges = run_merges(pattern, tokens, lambda text, ranks: by_library(text).tolist())
-    normalize = NFC().normalize_str if settings["normalizer"] else None
+    normalize = NFC().normalize_str if settings.get("normalizer") else None
 
     def encode(text: str) -> np.ndarray:
         if len(text) > LONG_RUN and LONG_SPACE.search(text):
@@ -148,7 +160,22 @@ def tokenizer_json(path: Path) -> TokenizerJson:
             text = normalize(text)
         return by_merges(text)
 
-    return TokenizerJson(path=path, token_bytes=token_bytes, added=added, encode=encode, problem="")
+    return TokenizerJson(token_bytes=token_bytes, added=added, encode=encode, problem="")
+
+
+def merge_order(
+    vocab: dict[str, int], merges: Sequence[Any], token_bytes: Sequence[bytes]
+) -> tuple[dict[bytes, tuple[int, ...]], str]:
+    """(single bytes, then tokens in the order in which they are made, each with its id; why that fails or "")."""
+    problem = ""
+    tokens = {bytes([byte]): (vocab[char],) if char in vocab else () for char, byte in BYTE_OF.items()}
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge  # joined by a space in older files
+        parts, made = [token_bytes[vocab[part]] for part in (left, right)], token_bytes[vocab[left + right]]
+        if not all(part in tokens for part in parts) or made in tokens or made != b"".join(parts):
+            problem = f"{left!r} and {right!r} are merged before they are made, or to what is made already"
+        tokens[made] = (vocab[left + right],)
+    return tokens, problem
 
 
 def split_pattern(settings: dict[str, Any]) -> tuple[str, str]:

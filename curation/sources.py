@@ -62,7 +62,7 @@ class Source:
     revision: str | None = None  # a commit
     folder: str | None = None
     paths: tuple[str, ...] = ("*",)  # patterns of names in the repository or folder; * goes through folders
-    files: Callable[[], Iterable[tuple[str, Path]]] | None = None  # (name, path) of every file, in any order
+    files: Callable[[], Iterable[tuple[str, str]]] | None = None  # (name, path) of every file, in any order
     extract: Extract | None = None
     text_columns: tuple[str, ...] = ("text",)
     row_text: Callable[[Mapping[str, Any]], str] | None = None  # of the text columns, where the text is not in one
@@ -159,12 +159,12 @@ def list_files(source: Source, mirror: Path | None = None) -> list[InputFile]:
     if source.files is not None:
         return list_inputs(source)
     if source.repo is not None and mirror is None:
-        listed = list_repo(source.repo, source.revision)
+        listed = list_repo(source.repo, source.revision, source.paths)
         prefix = f"{HUB}{source.repo}@{source.revision}/"
         files = [InputFile(name=n, path=prefix + n, size_bytes=size, digest=digest) for n, size, digest in listed]
         where = f"{source.repo} on the Hub at {source.revision}"
     else:
-        root = Path(source.folder) if source.repo is None else Path(mirror, source.repo)
+        root = Path(source.folder or "") if source.repo is None or mirror is None else mirror / source.repo
         if not root.is_dir():
             raise FileNotFoundError(f"source {source.name}: there is no folder {root}")
         files = [
@@ -188,7 +188,7 @@ def list_inputs(source: Source) -> list[InputFile]:
     """
     inputs = [
         InputFile(name=os.fsencode(name).decode(errors="replace"), path=str(path), size_bytes=os.stat(path).st_size)
-        for name, path in source.files()
+        for name, path in (source.files or tuple)()
     ]
     inputs.sort(key=lambda file: (hashlib.sha256(file.name.encode()).digest(), file.path))
     seen: Counter[str] = Counter()
@@ -282,8 +282,8 @@ def make_pieces(source: Source, files: Sequence[InputFile], piece_bytes: int) ->
         number = int.from_bytes(hashlib.sha256(part.file.name.encode()).digest()[-8:], "big")
         bundles[number % n_bundles].append(part)
     for bundle in filter(None, bundles):
-        parts = tuple(sorted(bundle, key=lambda part: (part.file.name, part.file.path)))
-        pieces.append(Piece(source=source.name, parts=parts))
+        bundle.sort(key=lambda part: (part.file.name, part.file.path))
+        pieces.append(Piece(source=source.name, parts=tuple(bundle)))
     return pieces
 
 
@@ -364,6 +364,7 @@ LOCAL = (
         description="the Python standard library's sources, without their docstrings",
         licence=MACHINE_LICENCE,
         budget_mb=12,
+        text_per_byte=0.8,
         files=stdlib_code_files,
         extract=code,
     ),
@@ -373,6 +374,7 @@ LOCAL = (
         description="Python's help topics, and the docstrings of each module of the standard library",
         licence=MACHINE_LICENCE,
         budget_mb=8,
+        text_per_byte=0.2,
         files=stdlib_files,
         extract=stdlib_documentation,
     ),
@@ -382,6 +384,7 @@ LOCAL = (
         description="READMEs, licences and other .md and .rst files of the installed Python packages",
         licence=MACHINE_LICENCE,
         budget_mb=8,
+        text_per_byte=0.9,
         files=package_documentation,
         extract=package_text,
     ),
@@ -391,6 +394,7 @@ LOCAL = (
         description="docstrings of the installed Python packages, module by module",
         licence=MACHINE_LICENCE,
         budget_mb=5,
+        text_per_byte=0.2,
         files=package_modules,
         extract=module_docstrings,
     ),
@@ -400,6 +404,7 @@ LOCAL = (
         description="manual pages and package documentation of the operating system",
         licence=MACHINE_LICENCE,
         budget_mb=4.5,
+        text_per_byte=1.1,
         files=system_documentation,
         extract=system_text,
     ),
@@ -506,7 +511,8 @@ QA = Source(
     repo="common-pile/stackexchange_filtered",
     revision="c0ac7373830c688a43fc12d1988c4b19ccd884ab",
     paths=("stackexchange-*.json.gz",),  # about 24 billion tokens
-    metadata_columns=("metadata.site", "metadata.all_licenses"),
+    id_column=None,  # ids are those of a site
+    metadata_columns=("id", "metadata.site", "metadata.all_licenses"),
     budget_tokens=4 * BILLION,
     text_per_byte=2.6,
     bytes_per_token=3.9,
@@ -521,7 +527,8 @@ CODE = Source(
     repo="common-pile/stackv2_edu_filtered",
     revision="c354dbe88469a1153e97c6a63ac50591849654de",
     paths=("stack-edu-*.json.gz",),  # 95 files, 83 GB, about 68 billion tokens
-    metadata_columns=("metadata.license", "metadata.gha_language"),
+    id_column=None,  # ids are those of contents, which may stand in several repositories
+    metadata_columns=("id", "metadata.license", "metadata.gha_language"),
     budget_tokens=8 * BILLION,
     text_per_byte=3.2,
     bytes_per_token=3.4,
@@ -614,6 +621,7 @@ OWN = Source(
     kind="own",
     description="text of your own: a folder of text, JSON lines or parquet",
     licence="your own",
+    id_column=None,  # nobody knows what is unique there
     paths=tuple(
         f"*{suffix}"
         for suffix in (".txt", ".md", ".rst", ".txt.gz", ".parquet")

@@ -219,9 +219,11 @@ def cut_signs(codes: np.ndarray, flags: np.ndarray, inside: np.ndarray, bounds: 
     closes = (bits & CLOSES) != 0
     after_digit = (before & DIGIT) != 0
     closes |= after_digit & ((signs == ord("%")) | (signs == ord("+")) | (signs == ord("$")))
-    two_before = np.where(at > 1, flags[at - 2], 0)
+    two_before = np.where(at > 1, flags[at - 2], SPACE)
+    initial = (two_before & (SPACE | QUOTE)) != 0  # the letter of "p.", and the last one of "e.g."
+    initial |= (codes[at - 2] == ord(".")) | (codes[at - 2] == ord("("))
     full_stop = (before & (DIGIT | CLOSES)) != 0
-    full_stop |= ((before & LOWER) != 0) & ((two_before & (LETTER | DIGIT)) != 0)  # not "p." and not "e.g."
+    full_stop |= ((before & LOWER) != 0) & ~initial
     full_stop |= ((before & UPPER) != 0) & ((two_before & UPPER) != 0)
     previous = np.zeros_like(signs)
     previous[1:] = np.where(joins[1:-1], signs[:-1], 0)

@@ -17,8 +17,10 @@ from curation.decontaminate import (
     split_words,
 )
 
-VOCABULARY = """harbour lantern copper meadow thistle granite velvet orchard compass barley saddle ember willow cobalt
-    pigeon anvil marble tunnel cedar quarry ribbon falcon mortar juniper ladder spindle canyon kettle mustard glacier"""
+VOCABULARY = """
+    lantern copper meadow thistle granite velvet orchard compass barley saddle ember willow cobalt pigeon anvil marble
+    tunnel cedar quarry ribbon falcon mortar juniper ladder spindle canyon kettle mustard glacier harbour
+"""
 
 
 def sentence(draw: random.Random, n: int) -> str:

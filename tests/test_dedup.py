@@ -19,7 +19,10 @@ from curation.dedup import (
     mixed,
     rank,
     shingles,
+    similarities,
+    sketch,
     survivors,
+    without_licence,
     word_hashes,
 )
 
@@ -114,6 +117,38 @@ def test_near_duplicates_are_found_as_often_as_theory_says(similarity):
         expected += 1 - (1 - jaccard(a, b) ** 8) ** 14
     spread = max(1.0, (expected * (1 - expected / trials)) ** 0.5)
     assert abs(found - expected) < 4 * spread, (found, expected)
+
+
+@pytest.mark.parametrize("similarity", [0.3, 0.6, 0.8, 1.0])
+def test_sketches_estimate_the_similarity(similarity):
+    n_edits = round(996 * (1 - similarity) / (1 + similarity) / 5)
+    pairs = [(words(1000, seed), edited(words(1000, seed), n_edits, seed)) for seed in range(40)]
+    a, b = (np.stack([sketch(" ".join(text), **MINHASH) for text in texts]) for texts in zip(*pairs, strict=True))
+    assert a.shape == (40, 2) and a.dtype == np.uint64
+    errors = similarities(a, b, 112) - [jaccard(*pair) for pair in pairs]
+    assert abs(errors.mean()) < 4 * 0.1 / 40**0.5 and errors.std() < 0.13  # of one: 2 sqrt(p (1 - p) / 112) < 0.095
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "/*\n * Copyright 2020 Someone\n */\n",
+        "#!/usr/bin/env python\n# Copyright (c) Some Company.\n\n# SPDX-License-Identifier: MIT\n\n",
+        "// Licensed under the Apache License\n//\n",
+        "<!-- licence: CC-BY -->",
+    ],
+)
+def test_licence_at_the_start_of_a_file_does_not_make_it_a_duplicate(header):
+    assert without_licence(header + "the code") == "the code"
+    assert without_licence(header) == header  # nothing else there
+    assert n_shared(header + " ".join(words(50, 0)), " ".join(words(50, 0))) == 14
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# Title\n\nText of licences", "/* what it does */ code", "Copyright 2020\ncode"]
+)
+def test_other_beginnings_count(text):
+    assert without_licence(text) == text
 
 
 def test_memory_does_not_grow_with_the_document():
@@ -241,6 +276,20 @@ def test_near_duplicates_can_be_sought_within_each_source_alone():
     assert stays["b/near"][1] == stays["b/199"][1]  # one source
     assert all(stays[f"b/{i}"][1].startswith("b/") for i in range(20, 40))  # its near copy is of another
     assert all(stays[f"c/{i}"] == (f"b/{i}", f"b/{i}") for i in range(20))  # equal texts are found across sources
+
+
+def test_pairs_that_are_not_near_on_a_second_look_are_not_joined():
+    digests = np.arange(12, dtype=np.uint64).reshape(6, 2)
+    keys, order = np.array([1, 1, 1, 2, 2, 3], np.uint64), np.array([5, 4, 3, 2, 1, 0], np.uint64)
+    asked = []
+
+    def is_near(a, b):
+        asked.extend(zip(a.tolist(), b.tolist(), strict=True))
+        return b != 1
+
+    assert survivors(digests, [keys], order)[1].tolist() == [2, 2, 2, 4, 4, 5]
+    assert survivors(digests, [keys], order, is_near=is_near)[1].tolist() == [2, 1, 2, 4, 4, 5]
+    assert sorted(asked) == [(2, 0), (2, 1), (4, 3)]  # numbers of documents; the one that would stay comes first
 
 
 def test_texts_of_equal_first_digest_alone_are_not_taken_for_one():
