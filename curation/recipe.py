@@ -18,14 +18,16 @@ from curation.sources import ALPACA, COSMOPEDIA, EIGHT, FINEWEB, LOCAL, MB, MEDQ
 
 @dataclass(frozen=True, kw_only=True)
 class MinHash:
-    """Near duplicates: documents that share all hashes of one band. 14 x 8 over 5-grams as in FineWeb.
+    """Near duplicates: documents that share all hashes of one band, and look alike when their sketches are compared.
 
-    A pair of Jaccard similarity 0.85 is found with a probability of 99 %, one of 0.75 with 77 %, one of 0.5 with 5 %.
+    14 x 8 over 5-grams as in FineWeb: a pair of Jaccard similarity 0.85 shares a band with a probability of 99 %, one
+    of 0.75 with 77 %, one of 0.5 with 5 %; the second look leaves 1 % of those.
     """
 
     ngram_words: int = 5
     bands: int = 14
     rows: int = 8
+    min_similarity: float = 0.65  # estimated from the sketches, of a pair that shares a band
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,8 @@ class Run:
     @cached_property
     def duplicates_task(self) -> Task:
         pieces = [(source, task.key) for source, tasks in self.read_tasks.items() for task in tasks]
-        chosen = [self.recipe.near_duplicates_across, self.settings.heldout_percent, self.recipe.min_heldout_documents]
+        chosen = [self.recipe.minhash.min_similarity, self.recipe.near_duplicates_across]
+        chosen += [self.settings.heldout_percent, self.recipe.min_heldout_documents]
         key = key_of([pieces, chosen, code_version("dedup", "heldout", "steps")])
         size = sum(task.size_bytes for tasks in self.read_tasks.values() for task in tasks)
         return Task(key=key, size_bytes=size, values={"pieces": pieces})
@@ -252,6 +253,7 @@ class Run:
                     DecideFates(
                         work,
                         plan,
+                        recipe.minhash,
                         recipe.near_duplicates_across,
                         self.settings.heldout_percent,
                         recipe.min_heldout_documents,

@@ -20,7 +20,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.base import BaseReader
 
-from curation.dedup import fingerprint, rank, survivors
+from curation.dedup import fingerprint, rank, sketch, survivors
 from curation.heldout import choose_heldout, continuation_items, last_word_items
 from curation.mixture import HIGHEST, cut, plan_mixture, settle
 from curation.readers import read_piece
@@ -213,7 +213,8 @@ class PieceWriter(PipelineStep):
     """Writes documents, their fingerprints and the ledger of one piece.
 
     documents.jsonl.zst   id and text
-    fingerprints.npz      ids (n, 2), digests (n, 2), keys (bands, n) uint64; sizes (n,) bytes of text
+    fingerprints.npz      ids (n, 2), digests (n, 2), sketches (n, 2) uint64; sizes (n,) bytes of text
+    keys.npy              (bands, n) uint64, by themselves: one band of all pieces is read at a time
     dropped.jsonl.zst     what was dropped, if the recipe keeps it
     ledger.json
     """
@@ -231,7 +232,7 @@ class PieceWriter(PipelineStep):
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> None:
         task = planned(self.plan, rank, world_size)
         m = self.minhash
-        ids, digests, keys, sizes = [], [], [], []
+        ids, digests, keys, sketches, sizes = [], [], [], [], []
         with committed(task_folder(self.work, "read", task.key)) as folder:
             with zstandard.open(folder / "documents.jsonl.zst", "wb") as file:
                 for document in data:
@@ -239,6 +240,7 @@ class PieceWriter(PipelineStep):
                     ids.append(id_hash(document.id))
                     digests.append(digest)
                     keys.append(bands)
+                    sketches.append(sketch(document.text, m.ngram_words, m.bands, m.rows))
                     sizes.append(len(document.text.encode()))
                     self.ledger.keep(document)
                     record = {"id": document.id, "text": document.text}
@@ -247,9 +249,10 @@ class PieceWriter(PipelineStep):
                 folder / "fingerprints.npz",
                 ids=np.array(ids, np.uint64).reshape(-1, 2),
                 digests=np.array(digests, np.uint64).reshape(-1, 2),
-                keys=np.ascontiguousarray(np.array(keys, np.uint64).reshape(-1, m.bands).T),
+                sketches=np.array(sketches, np.uint64).reshape(-1, 2),
                 sizes=np.array(sizes, np.int64),
             )
+            np.save(folder / "keys.npy", np.ascontiguousarray(np.array(keys, np.uint64).reshape(-1, m.bands).T))
             if self.ledger.keep_dropped:
                 with zstandard.open(folder / "dropped.jsonl.zst", "wb") as file:
                     for entry in self.ledger.records:
@@ -272,11 +275,19 @@ class DecideFates(PipelineStep):
     name = "duplicates and held-out split"
 
     def __init__(
-        self, work: Path, plan: Path, across: bool, heldout_percent: float, min_heldout: int, sources: Sequence[str]
+        self,
+        work: Path,
+        plan: Path,
+        minhash: MinHash,
+        across: bool,
+        heldout_percent: float,
+        min_heldout: int,
+        sources: Sequence[str],
     ):
         super().__init__()
         self.work = work
         self.plan = plan
+        self.minhash = minhash
         self.across = across
         self.heldout_percent = heldout_percent
         self.min_heldout = min_heldout
@@ -286,11 +297,24 @@ class DecideFates(PipelineStep):
         task = planned(self.plan, rank, world_size)
         pieces: list[tuple[str, str]] = [tuple(piece) for piece in task.values["pieces"]]  # (source, read key)
         prints = [np.load(task_folder(self.work, "read", key) / "fingerprints.npz") for _, key in pieces]
-        ids, digests, sizes = (np.concatenate([p[name] for p in prints]) for name in ("ids", "digests", "sizes"))
+        ids, digests, sketches, sizes = (
+            np.concatenate([p[name] for p in prints]) for name in ("ids", "digests", "sketches", "sizes")
+        )
         counts = [len(p["sizes"]) for p in prints]
         of_source = np.repeat([self.sources.index(source) for source, _ in pieces], counts)
-        bands = (np.concatenate([p["keys"][band] for p in prints]) for band in range(len(prints[0]["keys"])))
-        exact, stays = survivors(digests, bands, ranks(of_source, ids, digests), None if self.across else of_source)
+        keys = [np.load(task_folder(self.work, "read", key) / "keys.npy", mmap_mode="r") for _, key in pieces]
+        m = self.minhash
+
+        def is_near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return similarities(sketches[a], sketches[b], m.bands * m.rows) >= m.min_similarity
+
+        exact, stays = survivors(
+            digests,
+            (np.concatenate([of_piece[band] for of_piece in keys]) for band in range(m.bands)),
+            ranks(of_source, ids, digests),
+            None if self.across else of_source,
+            is_near,
+        )
 
         here = np.arange(len(ids))
         fates = np.where(exact != here, EXACT, np.where(stays != here, NEAR, TRAIN)).astype(np.uint8)
