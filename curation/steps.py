@@ -20,7 +20,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.base import BaseReader
 
-from curation.dedup import fingerprint, rank, sketch, survivors
+from curation.dedup import fingerprint, rank, similarities, sketch, survivors
 from curation.heldout import choose_heldout, continuation_items, last_word_items
 from curation.mixture import HIGHEST, cut, plan_mixture, settle
 from curation.readers import read_piece

@@ -222,7 +222,7 @@ def test_poisonous_document_is_quarantined_after_two_tries_and_counted(texts, tm
         manifest = build(run, tmp_path / "out", lambda stage: run_local(stage, work, Share(), processes))
     entry = manifest["funnel"]["own"]
     assert entry["dropped"]["poisonous"]["documents"] == 1
-    assert entry["dropped"]["poisonous"]["examples"][0]["id"].endswith("d7")
+    assert entry["dropped"]["poisonous"]["examples"][0]["text"] == text_of(7)[:500]
     assert entry["kept"]["documents"] == 129
     deaths = [json.loads(path.read_bytes()) for path in (work / "attempts").glob("*")]
     assert [sorted(death["suspects"].values()) for death in deaths] == ([] if "raise" in body else [[2]])
