@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from curation.dedup import mixed
 from curation.shards import new_file
 
 FORMAT = 1
@@ -212,13 +213,6 @@ def right_answer(row: Row, columns: Columns, choices: Sequence[str]) -> str:
 # ---- text as numbers
 
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of 64-bit numbers, bijective (splitmix64's finisher)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 CODE_POINTS = 0x20000  # those above (rare ideographs) count as one and the same letter
 RATIO = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 
@@ -248,7 +242,7 @@ def folding() -> tuple[np.ndarray, np.ndarray, dict[int, list[int]]]:
 
 
 def hashed_letters(letters: np.ndarray) -> np.ndarray:
-    return np.where(letters > 0, mix(letters + np.uint64(RATIO)), np.uint64(0))
+    return np.where(letters > 0, mixed(letters + np.uint64(RATIO)), np.uint64(0))
 
 
 @cache
@@ -309,7 +303,7 @@ def split_words(text: str) -> Words:
     # a word's hash is the sum of letter * RATIO**(place in the word), read off the sums over the whole text
     sums = np.zeros(n + 1, np.uint64)
     np.cumsum(letters * up[:n], out=sums[1:])
-    hashes = mix((sums[stops] - sums[starts]) * down[starts])
+    hashes = mixed((sums[stops] - sums[starts]) * down[starts])
     if origin is not None and len(starts):
         starts, stops = origin[starts], origin[stops - 1] + 1
     return Words(hashes=hashes, starts=starts, stops=stops)
@@ -322,7 +316,7 @@ def ngram_hashes(hashes: np.ndarray) -> np.ndarray:
     for i in range(NGRAM):
         keys *= np.uint64(RATIO)
         keys += hashes[i : i + n]
-    return mix(keys)
+    return mixed(keys)
 
 
 def chunks(text: str) -> Iterator[tuple[int, str]]:

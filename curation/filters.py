@@ -803,6 +803,23 @@ def holds(hashes: np.ndarray, entry: str) -> bool:
     return i < len(hashes) and int(hashes[i]) == value
 
 
+# ---- length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shorten:
+    """Keeps the beginning of a text, up to the last space that is within the limit."""
+
+    max_characters: int
+
+    def rewrite(self, text: str, metadata: Metadata) -> str:
+        if len(text) <= self.max_characters:
+            return text
+        start = text[: self.max_characters + 1]
+        cut = max(start.rfind(space) for space in " \n\t")
+        return (start[:cut] if cut > 0 else start[: self.max_characters]).rstrip()
+
+
 # ---- source code
 
 

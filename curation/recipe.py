@@ -11,7 +11,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from curation.filters import CodeQuality, English, GopherQuality, GopherRepetition, Readable, Rule
+from curation.decontaminate import Decontaminate
+from curation.filters import FINEWEB as FINEWEB_RULES
+from curation.filters import (
+    CodeQuality,
+    English,
+    GopherQuality,
+    GopherRepetition,
+    Language,
+    MinScore,
+    PersonalData,
+    Readable,
+    Rewrite,
+    Rule,
+    Shorten,
+    Url,
+)
 from curation.shards import file_sha256
 from curation.sources import ALPACA, COSMOPEDIA, EIGHT, FINEWEB, LOCAL, MB, MEDQA, OWN, WEB_EDU, Source
 
@@ -34,12 +49,11 @@ class MinHash:
 class Recipe:
     description: str
     sources: tuple[Source, ...]  # of two duplicates, the one from the earlier source is kept
-    rules: Mapping[str, tuple[Rule, ...]]  # by kind of text, in the order in which they are asked
+    rules: Mapping[str, tuple[Rule | Rewrite, ...]]  # by kind of text, in the order in which they are asked
     minhash: MinHash = MinHash()
     near_duplicates_across: bool = True  # of the sources, not only within each
     vocab_size: int = 50_304  # of the tokenizer that is trained where none is given; a multiple of 128
     tokenizer: str | None = None  # the published one that the recipe is made for, to be given as a file
-    max_characters: int | None = None  # of a document; what is longer is cut at the last space before
     heldout_percent: float = 3.0
     min_heldout_documents: int = 5  # of each source, however few the percentage gives
     on_short: Literal["fail", "renormalise"] = "fail"  # when a source has not enough for its budget and epochs
@@ -52,42 +66,70 @@ class Recipe:
     keep_dropped: bool = False  # every document that a rule dropped, in dropped/: for corpora that one person reads
 
 
-CODE_RULES = (Readable(), English(max_non_ascii_fraction=0.2), CodeQuality())
-# Pages that a project has cleaned with Gopher's, C4's and its own rules already: what is asked again drops little.
-WEB_RULES = (Readable(), GopherQuality(), English(max_non_ascii_fraction=0.2, min_stop_words=2), GopherRepetition())
-# Papers, books and encyclopaedias: tables, references and headings repeat, and documents may be long.
-LONG_RULES = (
+# Reference text repeats its phrases, its headings and the first words of its lines; bare lists still fall.
+REFERENCE_REPETITION = GopherRepetition(
+    max_duplicate_lines=0.40,
+    max_duplicate_line_characters=0.30,
+    max_duplicate_paragraphs=0.40,
+    max_duplicate_paragraph_characters=0.30,
+    max_top_ngram=((2, 0.20), (3, 0.25), (4, 0.25)),
+    max_duplicate_ngram=((5, 0.45), (6, 0.43), (7, 0.41), (8, 0.39), (9, 0.37), (10, 0.35)),
+)
+LOCAL_CODE = (Readable(), English(max_non_ascii_fraction=0.2), CodeQuality())
+CODE = (*LOCAL_CODE, PersonalData(ips=None))  # numbers with dots are versions and examples there
+WEB = (Readable(), *FINEWEB_RULES)
+# Pages that have passed FineWeb's rules where they were published. The lists of addresses may be newer here.
+CLEAN_WEB = (Readable(), Url(), Language(), PersonalData())
+# Books and papers may be long, and hold formulas, tables and references.
+LONG = (
     Readable(),
-    GopherQuality(max_words=None, max_symbol_ratio=0.2, min_alphabetic_words=0.65),
-    English(max_non_ascii_fraction=0.2, min_stop_words=2),
-    GopherRepetition(
-        max_duplicate_lines=0.40,
-        max_duplicate_line_characters=0.30,
-        max_top_ngram=((2, 0.20), (3, 0.25), (4, 0.25)),
-        max_duplicate_ngram=((5, 0.45), (6, 0.43), (7, 0.41), (8, 0.39), (9, 0.37), (10, 0.35)),
+    Language(minimum=0.5),
+    GopherQuality(max_words=None, max_symbol_ratio=0.2, max_ellipsis_lines=None, min_alphabetic_words=0.5),
+    REFERENCE_REPETITION,
+    PersonalData(),
+)
+# One language by its folder. A model of languages takes tables and names for others; short articles are articles.
+WIKI = (
+    Readable(),
+    English(max_non_ascii_fraction=0.3),
+    GopherQuality(
+        min_words=30,
+        max_words=None,
+        max_symbol_ratio=0.2,
+        max_bullet_lines=None,
+        max_ellipsis_lines=None,
+        min_alphabetic_words=0.4,
     ),
+    REFERENCE_REPETITION,
 )
-# Questions and answers hold code and lists; formulas are symbols and numbers. Gopher's limits of letters do not fit.
-QA_RULES = (
+# Questions and answers hold code, quotations and lists.
+QA = (
     Readable(),
-    GopherQuality(min_words=20, min_alphabetic_words=0.5, max_symbol_ratio=0.3, max_bullet_lines=None),
-    English(max_non_ascii_fraction=0.3, min_stop_words=1),
+    Language(minimum=0.4),
+    GopherQuality(
+        min_words=20, max_symbol_ratio=0.3, max_bullet_lines=None, min_alphabetic_words=0.4, min_stop_words=1
+    ),
+    REFERENCE_REPETITION,
+    PersonalData(),
 )
-MATH_RULES = (
+# Formulas are signs and numbers, and a worked problem says the same thing again. What is left of Gopher's rules finds
+# pages that are menus.
+MATH = (
     Readable(),
-    GopherQuality(min_mean_word_length=2, min_alphabetic_words=0.4, max_symbol_ratio=0.3, max_bullet_lines=None),
-    English(max_non_ascii_fraction=0.3, min_stop_words=2),
+    Language(minimum=0.3),
+    GopherQuality(
+        min_words=20,
+        min_mean_word_length=2,
+        max_symbol_ratio=0.3,
+        max_bullet_lines=None,
+        min_alphabetic_words=0.3,
+        min_stop_words=1,
+    ),
+    replace(REFERENCE_REPETITION, max_top_ngram=()),
+    PersonalData(),
 )
-LIGHT_RULES = (Readable(),)  # text of which every document was chosen, or written for the purpose
-
-EIGHT_RULES: dict[str, tuple[Rule, ...]] = {
-    "web": WEB_RULES,
-    "long": LONG_RULES,
-    "wiki": LONG_RULES,
-    "qa": QA_RULES,
-    "code": CODE_RULES,
-    "math": MATH_RULES,
-}
+WEB_KINDS = {"web", "clean_web"}
+LIGHT = (Readable(),)  # of text of which every document was chosen, or written for the purpose
 
 RECIPES = {
     "local": Recipe(
@@ -97,29 +139,28 @@ RECIPES = {
         piece_mb=2,
         keep_dropped=True,
         rules={
-            "code": CODE_RULES,
-            # Reference documentation, not web pages: tables, signatures and examples are its substance, and a long
-            # manual repeats its phrases. Gopher's own limits dropped half of it, good manuals among the first (found
-            # by reading); these drop bare lists and boilerplate.
+            "code": LOCAL_CODE,
+            # Gopher's own limits dropped half of it, good manuals among the first (found by reading).
             "prose": (
                 Readable(),
                 GopherQuality(min_alphabetic_words=0.4),
                 English(max_non_ascii_fraction=0.2, min_stop_words=2),
-                GopherRepetition(
-                    max_duplicate_lines=0.40,
-                    max_duplicate_line_characters=0.30,
-                    max_duplicate_paragraphs=0.40,
-                    max_duplicate_paragraph_characters=0.30,
-                    max_top_ngram=((2, 0.20), (3, 0.25), (4, 0.25)),
-                    max_duplicate_ngram=((5, 0.45), (6, 0.43), (7, 0.41), (8, 0.39), (9, 0.37), (10, 0.35)),
-                ),
+                REFERENCE_REPETITION,
             ),
         },
     ),
     "eight": Recipe(
         description="eight sources, 100 billion tokens: web, textbooks, encyclopaedia, science, questions, code, math",
         sources=EIGHT,
-        rules=EIGHT_RULES,
+        rules={
+            "clean_web": CLEAN_WEB,
+            "web": WEB,
+            "long": LONG,
+            "wiki": WIKI,
+            "qa": QA,
+            "code": CODE,
+            "math": MATH,
+        },
         on_short="renormalise",
         heldout_percent=0.05,
         min_heldout_documents=200,
@@ -128,7 +169,7 @@ RECIPES = {
     "fineweb-edu-medqa": Recipe(
         description="educational web pages, and a tenth of medical examination questions as far as their epochs reach",
         sources=(MEDQA, replace(WEB_EDU, budget_tokens=90_000_000_000)),
-        rules={"web": WEB_RULES, "questions": LIGHT_RULES},
+        rules={"clean_web": CLEAN_WEB, "questions": LIGHT},
         tokenizer="Qwen/Qwen2.5-0.5B",
         on_short="renormalise",
         heldout_percent=0.05,
@@ -137,15 +178,14 @@ RECIPES = {
     "cosmopedia": Recipe(
         description="synthetic textbooks and stories, 4,000 characters of each at most, 15 % held out",
         sources=(COSMOPEDIA,),
-        rules={"synthetic": LIGHT_RULES},
+        rules={"synthetic": (Readable(), Shorten(max_characters=4000))},
         tokenizer="HuggingFaceTB/SmolLM-135M",
-        max_characters=4000,
         heldout_percent=15.0,
     ),
     "fineweb": Recipe(
         description="web pages, 100 billion tokens",
         sources=(FINEWEB,),
-        rules={"web": WEB_RULES},
+        rules={"clean_web": CLEAN_WEB},
         on_short="renormalise",
         heldout_percent=0.05,
         min_heldout_documents=200,
@@ -154,13 +194,13 @@ RECIPES = {
     "alpaca": Recipe(
         description="instructions and responses; not for commercial use",
         sources=(ALPACA,),
-        rules={"questions": LIGHT_RULES},
+        rules={"questions": LIGHT},
         purpose="fine-tuning only: CC-BY-NC-4.0",
     ),
     "own": Recipe(
         description="a folder of your own text: .txt, .md, JSON lines or parquet with a column `text`",
         sources=(OWN,),
-        rules={"own": LIGHT_RULES},
+        rules={"own": LIGHT},
         vocab_size=32_768,
         piece_mb=16,
         keep_dropped=True,
@@ -180,6 +220,9 @@ class Settings:
     input: str | None = None  # the folder of the recipe `own`
     tokenizer: str | None = None  # file of a tokenizer to use; None: train one
     stock: tuple[str, ...] = ()  # steps that datatrove's own do instead of ours: "filters"
+    decontaminate: str | None = None  # file of an index of evaluation items; None: documents that hold them stay
+    language_model: str | None = None  # lid.176.bin, for the smaller model that is installed
+    min_language_score: float | None = None  # of web pages, in their own column
 
     def __post_init__(self) -> None:
         recipe = recipe_of(self.recipe)
@@ -202,6 +245,11 @@ class Settings:
                 f"recipe {self.recipe} is made for the tokenizer of {recipe.tokenizer}: give its tokenizer.json "
                 "with --tokenizer FILE"
             )
+        for flag, path in (("--decontaminate", self.decontaminate), ("--language-model", self.language_model)):
+            if path is not None and not Path(path).is_file():
+                raise ValueError(f"{flag} {path} is not a file")
+        if self.min_language_score is not None and not WEB_KINDS & {source.kind for source in recipe.sources}:
+            raise ValueError(f"--min-language-score has no effect: recipe {self.recipe} has no web pages")
         if unknown := set(self.stock) - {"filters"}:
             raise ValueError(
                 f"--stock {min(unknown)} is not a step that datatrove's own can do here; allowed: filters"
@@ -232,8 +280,20 @@ class Settings:
             changed.append(replace(source, budget_mb=budget_mb, budget_tokens=budget_tokens, folder=folder))
         return tuple(changed)
 
-    def rules(self, source: Source) -> tuple[Rule, ...]:
-        return RECIPES[self.recipe].rules[source.kind]
+    def rules(self, source: Source) -> tuple[Rule | Rewrite, ...]:
+        return self.rules_of(source.kind)
+
+    def rules_of(self, kind: str) -> tuple[Rule | Rewrite, ...]:
+        """The recipe's rules for a kind of text, with the models and limits that were chosen, and decontamination."""
+        rules: list[Rule | Rewrite] = [
+            replace(rule, model_file=self.language_model) if isinstance(rule, Language) else rule
+            for rule in RECIPES[self.recipe].rules[kind]
+        ]
+        if self.min_language_score is not None and kind in WEB_KINDS:
+            rules.insert(1, MinScore(column="language_score", minimum=self.min_language_score))
+        if self.decontaminate is not None:
+            rules.append(Decontaminate(index_file=self.decontaminate))
+        return tuple(rules)
 
     def budget_bytes(self, source: Source) -> float:
         limits = [limit for limit in (source.budget_mb, self.limit_mb) if limit is not None]
@@ -243,13 +303,13 @@ class Settings:
         """The settings and the recipe, as they go into the manifest: plain JSON values, the same on every machine."""
         recipe = RECIPES[self.recipe]
         given = asdict(self)
-        given["tokenizer"] = None if self.tokenizer is None else content_of(self.tokenizer)
+        for name in ("tokenizer", "decontaminate", "language_model"):
+            given[name] = None if given[name] is None else content_of(given[name])
         given.pop("input")  # what is in it counts, not where it is
         values = {
             **given,
             "min_heldout_documents": recipe.min_heldout_documents,
             "on_short": recipe.on_short,
-            "max_characters": recipe.max_characters,
             "near_duplicates_across": recipe.near_duplicates_across,
             "purpose": recipe.purpose,
             "tokenizer_sample_mb": recipe.tokenizer_sample_mb,
@@ -257,7 +317,7 @@ class Settings:
             "task_items": recipe.task_items,
             "minhash": asdict(recipe.minhash),
             "sources": {source.name: source_values(source) for source in self.sources},
-            "rules": {kind: [rule_values(rule) for rule in rules] for kind, rules in recipe.rules.items()},
+            "rules": {kind: [rule_values(rule) for rule in self.rules_of(kind)] for kind in recipe.rules},
         }
         return json.loads(json.dumps(values))
 
@@ -294,7 +354,7 @@ def source_values(source: Source) -> dict[str, Any]:
     }
 
 
-def rule_values(rule: Rule) -> dict[str, Any]:
+def rule_values(rule: Rule | Rewrite) -> dict[str, Any]:
     """Name and thresholds; of fields that name a file (`..._file`) what is in it, not where it is."""
     fields = asdict(rule)
     for name in fields:

@@ -429,7 +429,7 @@ def alpaca_text(row: Mapping[str, Any]) -> str:
 
 WEB_EDU = Source(
     name="web_edu",
-    kind="web",
+    kind="clean_web",
     description="FineWeb-Edu: web pages that a classifier finds educational",
     licence="ODC-By-1.0",
     repo="HuggingFaceFW/fineweb-edu",
@@ -573,7 +573,7 @@ MEDQA = Source(
 
 FINEWEB = Source(
     name="fineweb",
-    kind="web",
+    kind="clean_web",
     description="FineWeb: web pages, a sample of 100 billion tokens",
     licence="ODC-By-1.0",
     repo="HuggingFaceFW/fineweb",

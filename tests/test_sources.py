@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curation.filters import Shorten
 from curation.recipe import RECIPES, Settings, content_of, recipe_of, rule_values, tokens_of
 from curation.sources import (
     EIGHT,
@@ -376,6 +377,8 @@ def test_numbers_of_tokens_are_read_as_they_are_written(text, tokens):
         ("own", {"input": "/no/such"}, "--input /no/such is not a folder"),
         ("cosmopedia", {}, "made for the tokenizer of HuggingFaceTB/SmolLM-135M"),
         ("local", {"tokenizer": "/no/such"}, "--tokenizer /no/such is not a file"),
+        ("local", {"decontaminate": "/no/such"}, "--decontaminate /no/such is not a file"),
+        ("local", {"min_language_score": 0.9}, "--min-language-score has no effect: recipe local has no web pages"),
         ("nine", {}, "unknown recipe 'nine'; allowed: local, eight"),
     ],
 )
@@ -391,7 +394,12 @@ def test_cosmopedia_and_medqa_are_as_their_systems_want_them(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     settings = Settings.chosen("cosmopedia", tokenizer=str(tmp_path / "tokenizer.json"))
     resolved = settings.resolved()
-    assert (resolved["max_characters"], resolved["heldout_percent"]) == (4000, 15.0)
+    assert resolved["heldout_percent"] == 15.0
+    assert resolved["rules"]["synthetic"][1] == {"rule": "Shorten", "max_characters": 4000}
+    assert Shorten(max_characters=9).rewrite("four five six", {}) == "four five"
+    assert Shorten(max_characters=8).rewrite("four five six", {}) == "four"
+    assert Shorten(max_characters=4).rewrite("fourfive", {}) == "four"
+    assert Shorten(max_characters=4).rewrite("four", {}) == "four"
     medqa, web = recipe_of("fineweb-edu-medqa").sources
     assert medqa.budget_tokens * 9 == web.budget_tokens and medqa.max_epochs == 4
     assert recipe_of("alpaca").sources[0].licence == "CC-BY-NC-4.0" and "only" in recipe_of("alpaca").purpose
@@ -408,6 +416,24 @@ def test_settings_name_files_by_content_not_by_place(tmp_path):
     assert settings[0].resolved() == settings[1].resolved()
     assert settings[0].resolved()["tokenizer"] == "sha256:" + hashlib.sha256(b"same").hexdigest()
     assert settings[0].sources[0].folder == str(tmp_path / "one")
+
+
+def test_chosen_models_and_limits_are_among_the_rules_and_the_key(tmp_path):
+    (tmp_path / "index").write_text("items")
+    (tmp_path / "lid.bin").write_text("model")
+    plain = Settings.chosen("eight")
+    settings = Settings.chosen(
+        "eight",
+        decontaminate=str(tmp_path / "index"),
+        language_model=str(tmp_path / "lid.bin"),
+        min_language_score=0.9,
+    )
+    rules = {kind: [type(rule).__name__ for rule in settings.rules_of(kind)] for kind in RECIPES["eight"].rules}
+    assert all(names[-1] == "Decontaminate" for names in rules.values())
+    assert rules["clean_web"][1] == rules["web"][1] == "MinScore" and "MinScore" not in rules["code"]
+    values = settings.resolved()["rules"]["long"]
+    assert values[1]["rule"] == "Language" and values[1]["model_file"] == content_of(tmp_path / "lid.bin")
+    assert plain.resolved() != settings.resolved() and str(tmp_path) not in json.dumps(settings.resolved())
 
 
 def test_rule_with_a_file_is_keyed_by_what_is_in_it(tmp_path):
