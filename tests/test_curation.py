@@ -21,14 +21,13 @@ from curation.extract import docstrings, help_topics, long_description, manual_p
 from curation.filters import CodeQuality, English, GopherQuality, GopherRepetition, Readable
 from curation.heldout import choose_heldout
 from curation.pipeline import main
-from curation.recipe import RECIPES, Settings, key_of
+from curation.recipe import RECIPES, Settings
 from curation.shards import main as shards_main
 from curation.shards import open_stream, read_manifest
 from curation.sources import InputFile, Source, code, family, list_inputs, read_documents
-from curation.stages import PARTS, publish
 from curation.steps import read_jsonl
 from curation.tokenizer import load_tokenizer
-from curation.workers import PoolPipelineExecutor, run_executors, worker_pool
+from curation.work import key_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--limit-mb", "0.2", "--vocab-size", "512", "--heldout-percent", "5"]
@@ -360,21 +359,13 @@ def unbroken(tmp_path_factory):
     return out, result.stdout
 
 
-def contents(out):
-    """Every file of a data folder, the manifest without the time it was made."""
-    files = {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-    manifest = json.loads(files.pop("manifest.json"))
-    del manifest["created_utc"]
-    return files, manifest
-
-
 def test_finished_folder_is_whole_and_holds_nothing_unlisted(unbroken):
     out, stdout = unbroken
     assert shards_main(["verify", str(out)]) == 0
-    files, manifest = contents(out)
-    assert set(files) == set(manifest["files"])
+    paths = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    names = {path.as_posix() for path in paths if path.parts[0] != "work"}
+    assert names == {"manifest.json", *read_manifest(out)["files"]}
     assert f"{out} is complete" in stdout and "near_duplicate" in stdout
-    assert not (out / "work").exists()
 
 
 def test_funnel_adds_up_for_every_source_in_documents_tokens_and_bytes(unbroken):
@@ -384,9 +375,11 @@ def test_funnel_adds_up_for_every_source_in_documents_tokens_and_bytes(unbroken)
             by_source = [entry[split][unit] for entry in manifest["funnel"].values()]
             assert sum(by_source) == manifest["splits"][split][unit] > 0
     for entry in manifest["funnel"].values():
-        for unit in ("documents", "tokens", "text_bytes"):
+        for unit in ("documents", "text_bytes"):
             dropped = sum(count[unit] for count in entry["dropped"].values())
-            assert entry["read"][unit] == dropped + entry["kept"][unit]
+            rewritten = entry["removed_by_rewrites"].get(unit, 0)
+            assert entry["read"][unit] == dropped + rewritten + entry["kept"][unit]
+        for unit in ("documents", "tokens", "text_bytes"):
             assert entry["kept"][unit] == entry["heldout"][unit] + entry["train"][unit]
     assert sum("near_duplicate" in entry["dropped"] for entry in manifest["funnel"].values()) > 0
 
@@ -456,103 +449,21 @@ def test_finished_folder_of_other_settings_is_refused(unbroken, capsys):
     assert main(["--out", str(unbroken[0]), *SMALL, "--vocab-size", "600"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "other settings (vocab_size is 512 there, now 600)" in error
+    assert "other settings (vocab_size is 512 there, now 600); add --update" in error
 
 
-def interrupt(out, when, number, signal_group=True):
-    """Start the command, send its processes a signal once some file matches `when`; returns (exit code, stderr)."""
+def test_interrupted_run_ends_with_one_line_and_goes_on(tmp_path):
+    out = tmp_path / "data"
     command = [sys.executable, "-m", "curation.pipeline", "--out", str(out), *SMALL, "--workers", "2"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not any((out / "work").glob(when)):
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((out / "work/read").glob("*")):
         assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.005)
-    os.killpg(process.pid, number) if signal_group else os.kill(process.pid, number)
+    os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
-    return process.returncode, stderr
-
-
-def die_before_stage(out, label):
-    """Run the command in a process that kills itself when it comes to a stage; returns its exit code."""
-    driver = f"""
-import os
-from curation import stages
-from curation.pipeline import main
-stage = stages.stage
-stages.stage = lambda label, *rest: os.kill(os.getpid(), 9) if label == {label!r} else stage(label, *rest)
-main({["--out", str(out), *SMALL]!r})
-"""
-    return subprocess.run([sys.executable, "-c", driver], cwd=ROOT, capture_output=True, timeout=120).returncode
-
-
-def test_killed_run_goes_on_and_ends_with_the_same_bytes(unbroken, tmp_path):
-    out = tmp_path / "data"
-    code, stderr = interrupt(out, "read-*/log/*/completions/*", signal.SIGINT)
-    assert (code, stderr.strip().splitlines()[-1]) == (130, "interrupted; run the same command to go on")
-    assert len(stderr.strip().splitlines()) == 1
-
-    marks = {path: path.stat().st_mtime_ns for path in (out / "work").glob("read-*/log/*/completions/*")}
-    assert marks
-    # only the parent: its workers must not live on and write into the next run
-    code, _ = interrupt(out, "read-*/log/system_docs/completions/*", signal.SIGKILL, signal_group=False)
-    assert code == -signal.SIGKILL
-    assert all(path.stat().st_mtime_ns == mtime for path, mtime in marks.items()), "a finished task ran again"
-
-    code, _ = interrupt(out, "read-*/log/system_docs/completions/*", signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    assert die_before_stage(out, "tasks") == -signal.SIGKILL
+    assert (process.returncode, stderr.strip()) == (130, "interrupted; run the same command to go on")
     with pytest.raises(FileNotFoundError, match="unfinished"):
         read_manifest(out)
-
-    result = run(out, "--workers", "1")
-    assert result.returncode == 0, result.stderr
-    for stage in ("read", "split", "tokenizer", "pack"):
-        line = next(line for line in result.stdout.splitlines() if line.startswith(stage))
-        assert "(done before)" in line
-    assert contents(out) == contents(unbroken[0])
-
-
-def test_publishing_cut_off_anywhere_can_be_repeated(tmp_path, monkeypatch):
-    rename = os.rename
-    for n_done in range(len(PARTS) + 1):
-        out = tmp_path / str(n_done)
-        final = out / "work/final-key"
-        for part in PARTS:
-            (final / part).mkdir(parents=True)
-            (final / part / "file").write_text(part)
-        (out / "train").mkdir()  # left by another cut-off run
-        (out / "train/old").write_text("old")
-        (final / "manifest.json").write_text('{"files": {}}')
-        done = []
-
-        def some(source, target, done=done, n_done=n_done):
-            if len(done) == n_done:
-                raise KeyboardInterrupt
-            rename(source, target)
-            done.append(target)
-
-        monkeypatch.setattr(os, "rename", some)
-        with pytest.raises(KeyboardInterrupt):
-            publish(final, out)
-        assert not (out / "manifest.json").exists()
-        monkeypatch.setattr(os, "rename", rename)
-        publish(final, out)
-        assert sorted(path.name for path in out.iterdir()) == sorted([*PARTS, "manifest.json"])
-        assert [path.name for path in (out / "train").iterdir()] == ["file"]
-
-
-def test_dead_worker_ends_the_run_with_one_line(tmp_path, monkeypatch):
-    step = "import os\n\ndef die(data, rank, world_size):\n    os.kill(os.getpid(), 9)\n"
-    (tmp_path / "dying_step.py").write_text(step)
-    monkeypatch.syspath_prepend(tmp_path)
-    from dying_step import die
-
-    executor = PoolPipelineExecutor([die], tasks=3, logging_dir=str(tmp_path / "log"))
-    died = pytest.raises(ChildProcessError, match="a worker process died while at 'read'.*--workers")
-    with died as caught, worker_pool(2, tmp_path / "log.txt") as pool:
-        run_executors(pool, [executor], "read")
-    assert "\n" not in str(caught.value)
 
 
 def test_folder_with_other_things_in_it_is_not_touched(tmp_path, capsys):
@@ -589,10 +500,9 @@ def test_wrong_flag_gets_one_line_and_exit_code_2(tmp_path, capsys, flags, messa
 
 
 def test_every_setting_and_every_threshold_is_part_of_the_key():
-    base = {"recipe": "local", "limit_mb": None, "vocab_size": 4096, "heldout_percent": 3.0}
-    changes = [{}, {"limit_mb": 1.0}, {"vocab_size": 8192}, {"heldout_percent": 5.0}]
-    keys = {key_of(Settings(**(base | change)).resolved()) for change in changes}
+    changes = [{}, {"limit_mb": 1.0}, {"vocab_size": 8192}, {"heldout_percent": 5.0}, {"stock": ("filters",)}]
+    keys = {key_of(Settings.chosen("local", **change).resolved()) for change in changes}
     assert len(keys) == len(changes)
-    resolved = Settings(**base).resolved()
+    resolved = Settings.chosen("local").resolved()
     assert resolved["rules"]["prose"][1]["min_words"] == 50
-    assert resolved["minhash"] == {"ngram_words": 5, "bands": 14, "rows": 8}
+    assert resolved["minhash"] == {"ngram_words": 5, "bands": 14, "rows": 8, "min_similarity": 0.65}
