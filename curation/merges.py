@@ -168,7 +168,9 @@ def merge_order(
 ) -> tuple[dict[bytes, tuple[int, ...]], str]:
     """(single bytes, then tokens in the order in which they are made, each with its id; why that fails or "")."""
     problem = ""
-    tokens = {bytes([byte]): (vocab[char],) if char in vocab else () for char, byte in BYTE_OF.items()}
+    tokens: dict[bytes, tuple[int, ...]] = {
+        bytes([byte]): (vocab[char],) if char in vocab else () for char, byte in BYTE_OF.items()
+    }
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge  # joined by a space in older files
         parts, made = [token_bytes[vocab[part]] for part in (left, right)], token_bytes[vocab[left + right]]
