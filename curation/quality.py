@@ -211,10 +211,11 @@ class Quality:
     label: str | None = None  # of a fastText model: which of its labels means good
 
     def check(self, text: str, metadata: Mapping[str, Any]) -> str | None:
-        return "quality" if self.score(text) < self.minimum else None
+        score = metadata["quality"] if "quality" in metadata else self.score(text)
+        return "quality" if score < self.minimum else None
 
     def score(self, text: str) -> float:
-        """The probability that the text is good; goes into the metadata as `quality`."""
+        """The probability that the text is good; whoever has it already gives it to `check` as metadata `quality`."""
         model = load_model(str(self.model_file))
         if model.weights is not None:
             return score_of(model.weights, model.bias, features_of(text))

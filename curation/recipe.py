@@ -27,6 +27,7 @@ from curation.filters import (
     Shorten,
     Url,
 )
+from curation.quality import Quality
 from curation.shards import file_sha256
 from curation.sources import ALPACA, COSMOPEDIA, EIGHT, FINEWEB, LOCAL, MB, MEDQA, OWN, WEB_EDU, Source
 
@@ -129,6 +130,7 @@ MATH = (
     PersonalData(),
 )
 WEB_KINDS = {"web", "clean_web"}
+QUALITY_KINDS = WEB_KINDS | {"own"}  # what a quality classifier may judge
 LIGHT = (Readable(),)  # of text of which every document was chosen, or written for the purpose
 
 RECIPES = {
@@ -223,6 +225,8 @@ class Settings:
     decontaminate: str | None = None  # file of an index of evaluation items; None: documents that hold them stay
     language_model: str | None = None  # lid.176.bin, for the smaller model that is installed
     min_language_score: float | None = None  # of web pages, in their own column
+    quality_model: str | None = None  # file of a classifier of web pages (quality.py)
+    min_quality: float | None = None  # what it must at least give
 
     def __post_init__(self) -> None:
         recipe = recipe_of(self.recipe)
@@ -245,11 +249,20 @@ class Settings:
                 f"recipe {self.recipe} is made for the tokenizer of {recipe.tokenizer}: give its tokenizer.json "
                 "with --tokenizer FILE"
             )
-        for flag, path in (("--decontaminate", self.decontaminate), ("--language-model", self.language_model)):
+        files = {
+            "--decontaminate": self.decontaminate,
+            "--language-model": self.language_model,
+            "--quality-model": self.quality_model,
+        }
+        for flag, path in files.items():
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"{flag} {path} is not a file")
         if self.min_language_score is not None and not WEB_KINDS & {source.kind for source in recipe.sources}:
             raise ValueError(f"--min-language-score has no effect: recipe {self.recipe} has no web pages")
+        if (self.quality_model is None) != (self.min_quality is None):
+            raise ValueError("--quality-model FILE and --min-quality NUMBER go together")
+        if self.quality_model is not None and not QUALITY_KINDS & {source.kind for source in recipe.sources}:
+            raise ValueError(f"--quality-model has no effect: recipe {self.recipe} has neither web pages nor own text")
         if unknown := set(self.stock) - {"filters"}:
             raise ValueError(
                 f"--stock {min(unknown)} is not a step that datatrove's own can do here; allowed: filters"
@@ -291,6 +304,8 @@ class Settings:
         ]
         if self.min_language_score is not None and kind in WEB_KINDS:
             rules.insert(1, MinScore(column="language_score", minimum=self.min_language_score))
+        if self.quality_model is not None and self.min_quality is not None and kind in QUALITY_KINDS:
+            rules.append(Quality(model_file=self.quality_model, minimum=self.min_quality))
         if self.decontaminate is not None:
             rules.append(Decontaminate(index_file=self.decontaminate))
         return tuple(rules)
@@ -303,7 +318,7 @@ class Settings:
         """The settings and the recipe, as they go into the manifest: plain JSON values, the same on every machine."""
         recipe = RECIPES[self.recipe]
         given = asdict(self)
-        for name in ("tokenizer", "decontaminate", "language_model"):
+        for name in ("tokenizer", "decontaminate", "language_model", "quality_model"):
             given[name] = None if given[name] is None else content_of(given[name])
         given.pop("input")  # what is in it counts, not where it is
         values = {

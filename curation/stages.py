@@ -68,7 +68,18 @@ from curation.work import Task, code_version, key_of, task_folder, versions
 from curation.workers import Worker
 
 PARTS = ("train", "heldout", "tasks", "dropped")  # folders of a data folder, beside the tokenizer and the manifest
-READING = ("readers", "sources", "hub", "local_text", "extract", "filters", "words", "decontaminate", "dedup", "steps")
+READING = (
+    "readers",
+    "sources",
+    "hub",
+    "local_text",
+    "extract",
+    "filters",
+    "words",
+    "decontaminate",
+    "quality",
+    "dedup",
+)
 
 NAMES = ("read", "duplicates", "tokenizer", "tokens", "mixture", "shards", "texts")
 
@@ -102,7 +113,7 @@ class Run:
             rules = [rule_values(rule) for rule in self.settings.rules(source)]
             m = recipe.minhash
             chosen = [name, reading, source.metadata_columns, rules, m.ngram_words, m.bands, m.rows]
-            chosen += [recipe.keep_dropped, self.settings.stock, code_version(*READING)]
+            chosen += [recipe.keep_dropped, self.settings.stock, code_version(*READING, "steps")]
             tasks[name] = [
                 Task(
                     key=key_of([chosen, piece.key]),
@@ -492,6 +503,16 @@ def duplicate_examples(run: Run) -> list[dict[str, str]]:
     return examples
 
 
+def contamination(run: Run, funnel: Mapping[str, Any]) -> dict[str, Any]:
+    """Documents dropped for an evaluation item in them, by benchmark, and a few of them; {} where nobody looked."""
+    if run.settings.decontaminate is None:
+        return {}
+    counts = [ledger["benchmarks"] for ledgers in run.ledgers().values() for ledger in ledgers]
+    names = sorted({name for entry in counts for name in entry})
+    examples = [e for entry in funnel.values() for e in entry["dropped"].get("contaminated", {}).get("examples", [])]
+    return {"benchmarks": {name: sum(c.get(name, 0) for c in counts) for name in names}, "examples": examples}
+
+
 def link(made: Path, place: Path) -> None:
     """The same file under another name; a copy where the file system has no links."""
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -566,6 +587,7 @@ def publish(run: Run, out: Path) -> dict[str, Any]:
             "clusters": summary["clusters"],
             "examples": duplicate_examples(run),
         },
+        "contamination": contamination(run, funnel),
         "licences": {name: source.licence for name, source in run.sources.items()},
         "mixture": run.mixture["mixture"],
         "messages": run.mixture["messages"],

@@ -23,6 +23,7 @@ from datatrove.pipeline.readers.base import BaseReader
 from curation.dedup import fingerprint, rank, similarities, sketch, survivors
 from curation.heldout import choose_heldout, continuation_items, last_word_items
 from curation.mixture import HIGHEST, cut, plan_mixture, settle
+from curation.quality import Quality
 from curation.readers import read_piece
 from curation.recipe import MinHash
 from curation.shards import SHARD, ShardHeader, file_entry, id_hash, token_dtype, write_shard
@@ -86,6 +87,7 @@ class Ledger:
         self.dropped: dict[str, dict[str, Any]] = {}
         self.records: list[dict[str, Any]] = []  # all that was dropped, if it is to be kept
         self.kept = {"documents": 0, "text_bytes": 0}
+        self.benchmarks: Counter[str] = Counter()  # of the evaluation items that were found
         self.lengths: Counter[int] = Counter()
         self.scores: dict[str, list[int]] = {}
 
@@ -94,6 +96,8 @@ class Ledger:
         entry["documents"] += 1
         entry["text_bytes"] += document.metadata["text_bytes"]
         record = {"id": document.id, "rule": rule} | ({"evidence": evidence} if evidence else {})
+        if isinstance(evidence, dict) and "benchmark" in evidence:
+            self.benchmarks[evidence["benchmark"]] += 1
         if len(entry["examples"]) < EXAMPLES:
             entry["examples"].append({**record, "text": document.text[:EXAMPLE_CHARACTERS]})
         if self.keep_dropped:
@@ -120,6 +124,7 @@ class Ledger:
             "text_bytes_in": self.text_bytes_in,
             "dropped": self.dropped,
             "kept": self.kept,
+            "benchmarks": dict(sorted(self.benchmarks.items())),
             "length_histogram": {str(bits): n for bits, n in sorted(self.lengths.items())},
             "scores": self.scores,
         }
@@ -204,7 +209,10 @@ class ApplyRules(PipelineStep):
                 document.text = rule.rewrite(document.text, document.metadata)
                 if not document.text:
                     return "empty", None
-            elif broken := rule.check(document.text, document.metadata):
+                continue
+            if isinstance(rule, Quality):
+                document.metadata["quality"] = rule.score(document.text)
+            if broken := rule.check(document.text, document.metadata):
                 return broken, rule.explain(document.text) if hasattr(rule, "explain") else None
         return None
 

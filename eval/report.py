@@ -96,26 +96,32 @@ def read_data(config):
 
 
 def funnel_table(manifest):
-    """[(label, {source: counts}, counts of all sources)], from what was read down to what is trained on."""
+    """[(label, {source: counts}, counts of all sources)], from what was read down to what is trained on.
+
+    Only what was kept has tokens: the rest was never tokenized.
+    """
     funnel = manifest["funnel"]
     rows = [("read", {source: entry["read"] for source, entry in funnel.items()})]
     for rule in rules_by_weight(funnel):
         rows.append((f"− {rule}", {source: entry["dropped"].get(rule) for source, entry in funnel.items()}))
+    rewritten = {source: entry["removed_by_rewrites"] for source, entry in funnel.items()}
+    if any(counts["text_bytes"] for counts in rewritten.values()):
+        rows.append(("− removed by rewrites", rewritten))
     rows += [(part, {s: entry[part] for s, entry in funnel.items()}) for part in ("kept", "heldout", "train")]
     return [(label, by_source, add(by_source.values())) for label, by_source in rows]
 
 
 def rules_by_weight(funnel):
-    """Every rule that some source went through, the one that dropped the most tokens first."""
+    """Every rule that some source went through, the one that dropped the most text first."""
     weight = Counter()
     for entry in funnel.values():
-        weight.update({rule: counts["tokens"] for rule, counts in entry["dropped"].items()})
+        weight.update({rule: counts["text_bytes"] for rule, counts in entry["dropped"].items()})
     return [rule for rule, _ in weight.most_common()]
 
 
 def add(counts):
     counts = [c for c in counts if c]
-    return {key: sum(c[key] for c in counts) for key in ("documents", "tokens", "text_bytes")}
+    return {key: sum(c.get(key, 0) for c in counts) for key in ("documents", "tokens", "text_bytes")}
 
 
 def short(n):
@@ -182,23 +188,25 @@ def source_colors(sources):
 
 
 def funnel_figure(funnel):
-    """What is left after each rule, in tokens, stacked by source; the rules that dropped little are one step."""
+    """What is left after each rule, in MB of text, stacked by source; the rules that dropped little are one step."""
     rules = rules_by_weight(funnel)
     steps = {f"− {rule}": [rule] for rule in rules[:MAX_STEPS]}
     if rest := rules[MAX_STEPS:]:
         steps[f"− {len(rest)} other rules"] = rest
-    left = {source: entry["read"]["tokens"] for source, entry in funnel.items()}
+    left = {source: entry["read"]["text_bytes"] for source, entry in funnel.items()}
     stages = [("read", left)]
     for label, dropped_by in steps.items():
-        lost = {s: sum(e["dropped"][r]["tokens"] for r in dropped_by if r in e["dropped"]) for s, e in funnel.items()}
+        lost = {
+            s: sum(e["dropped"][r]["text_bytes"] for r in dropped_by if r in e["dropped"]) for s, e in funnel.items()
+        }
         left = {source: left[source] - lost[source] for source in left}
         stages.append((label, left))
-    stages.append(("trained on", {source: entry["train"]["tokens"] for source, entry in funnel.items()}))
-    figure = new_figure(60 + 32 * len(stages), "tokens left", barmode="stack", bargap=0.25)
+    stages.append(("trained on", {source: entry["train"]["text_bytes"] for source, entry in funnel.items()}))
+    figure = new_figure(60 + 32 * len(stages), "MB of text left", barmode="stack", bargap=0.25)
     for source, color in source_colors(funnel).items():
         figure.add_bar(
             orientation="h", name=source, marker_color=color, y=[label for label, _ in stages],
-            x=[counts[source] for _, counts in stages], hovertemplate="%{y}: %{x:,} tokens",
+            x=[counts[source] / 1e6 for _, counts in stages], hovertemplate="%{y}: %{x:,.1f} MB",
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure

@@ -50,6 +50,7 @@ def make_data(folder):
         twice, thrice = ({key: n * value for key, value in counts.items()} for n in (2, 3))
         funnel[source] = {
             "kind": "prose", "description": f"made of <{source}> words", "read": thrice, "kept": twice,
+            "removed_by_rewrites": {"text_bytes": 0},
             "dropped": {"too_short": counts}, "heldout": counts, "train": counts,
         }  # fmt: skip
         write_lines(folder / f"heldout/{source}.jsonl", [{"id": str(i), "text": t} for i, t in enumerate(documents)])

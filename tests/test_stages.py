@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from datatrove.executor.local import LocalPipelineExecutor
 
-from curation import pipeline, stages, steps, work, workers
+from curation import decontaminate, pipeline, stages, steps, work, workers
 from curation.executors import Share, pending, run_local, slurm_scripts
 from curation.inputs import find_pieces
 from curation.recipe import RECIPES, Settings
@@ -269,6 +269,42 @@ def test_full_disk_ends_with_one_line_and_the_run_goes_on_when_there_is_room(
         read_manifest(out)
     monkeypatch.setattr(stages, "link", link)
     assert curate(texts, out) == whole[0]
+
+
+def test_publishing_cut_off_anywhere_can_be_repeated(texts, whole, tmp_path, monkeypatch):
+    out, rename = tmp_path / "data", os.rename
+    curate(texts, out)
+    for n_done in range(5):
+        done = []
+
+        def some(source, target, done=done, n_done=n_done):
+            if len(done) == n_done:
+                raise KeyboardInterrupt
+            rename(source, target)
+            done.append(target)
+
+        (out / "manifest.json").unlink()  # so that there is something to publish
+        monkeypatch.setattr(stages.os, "rename", some)
+        assert pipeline.main(command(texts, out)) == 130
+        assert not (out / "manifest.json").exists()
+        monkeypatch.setattr(stages.os, "rename", rename)
+        assert curate(texts, out) == whole[0]
+
+
+def test_documents_that_hold_an_evaluation_item_go_and_are_named(texts, tmp_path):
+    """An item of the suite is a passage of one document; a part of it stands in another."""
+    (tmp_path / "items").mkdir()
+    passage = " ".join(text_of(3).split())
+    rows = [{"text": passage}, *({"text": " ".join(text_of(seed).split())} for seed in range(500, 560))]
+    (tmp_path / "items/wikitext.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = str(tmp_path / "index")
+    assert decontaminate.main(["build", "--items", str(tmp_path / "items"), "--out", index]) == 0
+    _, manifest = curate(texts, tmp_path / "data", "--decontaminate", index)
+    dropped = manifest["funnel"]["own"]["dropped"]
+    assert dropped["contaminated"]["documents"] == 2  # the document and its exact copy, before the copies are sought
+    assert manifest["contamination"]["benchmarks"] == {"wikitext": 2}
+    example = manifest["contamination"]["examples"][0]
+    assert example["evidence"]["matched"] in text_of(3) and len(example["evidence"]["matched"]) > 100
 
 
 # ---- elsewhere
