@@ -121,7 +121,7 @@ MATH = (
         max_symbol_ratio=0.3,
         max_bullet_lines=None,
         min_alphabetic_words=0.3,
-        min_stop_words=1,
+        min_stop_words=None,
     ),
     replace(REFERENCE_REPETITION, max_top_ngram=()),
     PersonalData(),
@@ -161,7 +161,7 @@ RECIPES = {
         },
         on_short="renormalise",
         heldout_percent=0.05,
-        min_heldout_documents=200,
+        min_heldout_documents=20,
         tokenizer_sample_mb=2000,
     ),
     "fineweb-edu-medqa": Recipe(
@@ -171,7 +171,7 @@ RECIPES = {
         tokenizer="Qwen/Qwen2.5-0.5B",
         on_short="renormalise",
         heldout_percent=0.05,
-        min_heldout_documents=200,
+        min_heldout_documents=20,
     ),
     "cosmopedia": Recipe(
         description="synthetic textbooks and stories, 4,000 characters of each at most, 15 % held out",
@@ -186,7 +186,7 @@ RECIPES = {
         rules={"clean_web": CLEAN_WEB},
         on_short="renormalise",
         heldout_percent=0.05,
-        min_heldout_documents=200,
+        min_heldout_documents=20,
         tokenizer_sample_mb=2000,
     ),
     "alpaca": Recipe(

@@ -53,8 +53,11 @@ def fill(folder, sizes):
 
 def test_files_come_in_the_order_of_the_hash_of_their_names_and_only_those_that_match(tmp_path):
     fill(tmp_path, {"a.txt": 1, "b/c.jsonl": 2, "b/d.parquet": 3, "e.png": 4, ".git/f.txt": 5, "g.md": 6})
+    (tmp_path / "l.txt").symlink_to(tmp_path / "g.md")
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "gone")
     files = list_files(own(tmp_path))
-    assert {file.name: file.size_bytes for file in files} == {"a.txt": 1, "b/c.jsonl": 2, "b/d.parquet": 3, "g.md": 6}
+    sizes = {"a.txt": 1, "b/c.jsonl": 2, "b/d.parquet": 3, "g.md": 6, "l.txt": 6}
+    assert {file.name: file.size_bytes for file in files} == sizes
     assert files == sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
 
 
