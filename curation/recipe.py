@@ -27,6 +27,7 @@ from curation.filters import (
     Shorten,
     Url,
 )
+from curation.quality import Quality
 from curation.shards import file_sha256
 from curation.sources import ALPACA, COSMOPEDIA, EIGHT, FINEWEB, LOCAL, MB, MEDQA, OWN, WEB_EDU, Source
 
@@ -127,6 +128,8 @@ MATH = (
     PersonalData(),
 )
 WEB_KINDS = {"web", "clean_web"}
+JUDGED_KINDS = WEB_KINDS | {"own"}  # by a quality classifier, where one is given
+FILES = ("tokenizer", "decontaminate", "language_model", "quality_model")  # settings whose content counts
 LIGHT = (Readable(),)  # of text of which every document was chosen, or written for the purpose
 
 RECIPES = {
@@ -221,6 +224,9 @@ class Settings:
     decontaminate: str | None = None  # file of an index of evaluation items; None: documents that hold them stay
     language_model: str | None = None  # lid.176.bin, for the smaller model that is installed
     min_language_score: float | None = None  # of web pages, in their own column
+    quality_model: str | None = None  # file of a classifier (quality.py) that web pages and own text have to pass
+    quality_label: str | None = None  # which label of it means good, where fastText made it
+    min_quality: float | None = None  # None: as the rule says
 
     def __post_init__(self) -> None:
         recipe = recipe_of(self.recipe)
@@ -243,17 +249,19 @@ class Settings:
                 f"recipe {self.recipe} is made for the tokenizer of {recipe.tokenizer}: give its tokenizer.json "
                 "with --tokenizer FILE"
             )
-        for flag, path in (("--decontaminate", self.decontaminate), ("--language-model", self.language_model)):
-            if path is not None and not Path(path).is_file():
-                raise ValueError(f"{flag} {path} is not a file")
+        for name in FILES:
+            if (path := getattr(self, name)) is not None and not Path(path).is_file():
+                raise ValueError(f"--{name.replace('_', '-')} {path} is not a file")
         if self.min_language_score is not None and not WEB_KINDS & {source.kind for source in recipe.sources}:
             raise ValueError(f"--min-language-score has no effect: recipe {self.recipe} has no web pages")
         if unknown := set(self.stock) - {"filters"}:
             raise ValueError(
                 f"--stock {min(unknown)} is not a step that datatrove's own can do here; allowed: filters"
             )
-        if self.tokenizer is not None and not Path(self.tokenizer).is_file():
-            raise ValueError(f"--tokenizer {self.tokenizer} is not a file")
+        if self.quality_model is None and (self.min_quality is not None or self.quality_label is not None):
+            raise ValueError("--min-quality and --quality-label have no effect without --quality-model FILE")
+        if self.quality_model is not None and not JUDGED_KINDS & {source.kind for source in recipe.sources}:
+            raise ValueError(f"--quality-model has no effect: recipe {self.recipe} has no web pages")
 
     @classmethod
     def chosen(cls, recipe: str, **given: Any) -> "Settings":
@@ -289,6 +297,9 @@ class Settings:
         ]
         if self.min_language_score is not None and kind in WEB_KINDS:
             rules.insert(1, MinScore(column="language_score", minimum=self.min_language_score))
+        if self.quality_model is not None and kind in JUDGED_KINDS:
+            quality = Quality(model_file=self.quality_model, label=self.quality_label)
+            rules.append(quality if self.min_quality is None else replace(quality, minimum=self.min_quality))
         if self.decontaminate is not None:
             rules.append(Decontaminate(index_file=self.decontaminate))
         return tuple(rules)
@@ -301,7 +312,7 @@ class Settings:
         """The settings and the recipe, as they go into the manifest: plain JSON values, the same on every machine."""
         recipe = RECIPES[self.recipe]
         given = asdict(self)
-        for name in ("tokenizer", "decontaminate", "language_model"):
+        for name in FILES:
             given[name] = None if given[name] is None else content_of(given[name])
         given.pop("input")  # what is in it counts, not where it is
         values = {
