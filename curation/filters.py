@@ -53,9 +53,9 @@ class Rewrite(Protocol):
 # ---- sentences
 
 SENTENCE_END = re.compile(
-    r"""(?:[!?\u3002\uff01\uff1f]|(?<![\s.])\.(?!\.))   # not the dots of an ellipsis
-        ["'\u201d\u2019)\]}*_,;:.!?-]*                  # what closes with the sentence
-        (?:\s+|(?<=[a-z]\.)(?=[A-Z]))(?=\S)""",
+    r"""(?:(?<![!?])[!?\u3002\uff01\uff1f]|(?<![\s.])\.(?!\.))   # not the dots of an ellipsis
+        ["'\u201d\u2019)\]}*_,;:.!?-]{0,20}+                      # what closes with the sentence
+        (?:\s++|(?<=[a-z]\.)(?=[A-Z]))(?=\S)""",
     re.VERBOSE,
 )
 # A full stop after these, or after a single letter, ends no sentence.
