@@ -29,7 +29,7 @@ from curation.filters import (
 )
 from curation.quality import Quality
 from curation.shards import file_sha256
-from curation.sources import ALPACA, COSMOPEDIA, EIGHT, FINEWEB, LOCAL, MB, MEDQA, OWN, WEB_EDU, Source
+from curation.sources import ALPACA, COSMOPEDIA, EIGHT, FINEWEB, LOCAL, MEDQA, OWN, WEB_EDU, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,10 +303,6 @@ class Settings:
         if self.decontaminate is not None:
             rules.append(Decontaminate(index_file=self.decontaminate))
         return tuple(rules)
-
-    def budget_bytes(self, source: Source) -> float:
-        limits = [limit for limit in (source.budget_mb, self.limit_mb) if limit is not None]
-        return MB * min(limits) if limits else float("inf")
 
     def resolved(self) -> dict[str, Any]:
         """The settings and the recipe, as they go into the manifest: plain JSON values, the same on every machine."""
