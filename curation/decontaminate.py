@@ -36,6 +36,7 @@ import numpy as np
 
 from curation.dedup import mixed
 from curation.shards import new_file
+from curation.words import powers_up_to
 
 FORMAT = 1
 NGRAM = 5  # words in a run that is looked up
@@ -47,6 +48,7 @@ COMMON = """a about after all also an and any are as at be because been before b
     first following for from had has have he her him his how i if in into is it its like make many may me more most my
     new no not now of on one only or other our out over s said she should so some such than that the their them then
     there these they this time to two up use was we were what when where which who will with would you your"""
+NUMBERS = "one two three four five six seven eight nine ten eleven twelve"  # with those in digits, half a word each
 MAX_COMMON = 2.0  # nats in such a word: a few items cannot tell how common it is
 TAIL_SLACK = 24  # words between a question and its choices, and among these, beyond twice their own number
 MAX_POSTINGS = 64  # a run of words that occurs at more places of the items says nothing: "which of the following is"
@@ -214,6 +216,7 @@ def right_answer(row: Row, columns: Columns, choices: Sequence[str]) -> str:
 
 
 CODE_POINTS = 0x20000  # those above (rare ideographs) count as one and the same letter
+MOST_PARTS = 4  # a sign that falls apart into more letters (Arabic phrases in one sign) stays whole
 RATIO = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 
 
@@ -232,6 +235,8 @@ def folding() -> tuple[np.ndarray, np.ndarray, dict[int, list[int]]]:
         parts = unicodedata.normalize("NFKD", character).casefold()
         parts = "".join(part for part in parts if unicodedata.category(part)[0] != "M" and part != "\u00ad")
         numbers = [ord(part) if part.isalnum() else 0 for part in parts]
+        if len(numbers) > MOST_PARTS:
+            numbers = [code]
         counts[code] = len(numbers)
         if len(numbers) == 1:
             letters[code] = numbers[0]
@@ -255,13 +260,8 @@ def ascii_letters() -> np.ndarray:
 @cache
 def powers() -> tuple[np.ndarray, np.ndarray]:
     """RATIO**i and RATIO**-i modulo 2**64 for every place in a chunk, uint64."""
-    n = 3 * CHUNK_CHARACTERS  # room for letters that fall apart
-    result = []
-    for base in (RATIO, pow(RATIO, -1, 1 << 64)):
-        steps = np.full(n, base, np.uint64)
-        steps[0] = 1
-        result.append(np.multiply.accumulate(steps))
-    return result[0], result[1]
+    n = MOST_PARTS * CHUNK_CHARACTERS
+    return powers_up_to(n, RATIO), powers_up_to(n, pow(RATIO, -1, 1 << 64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,10 +292,6 @@ def split_words(text: str) -> Words:
                 letters[at : at + len(parts)] = hashed_letters(np.array(parts, np.uint64))
     up, down = powers()
     n = len(letters)
-    if n > len(up):  # only Arabic phrases in one sign are that long
-        raise ValueError(
-            f"a text of {len(text):,} characters falls apart into {n:,} letters; cut it into shorter ones"
-        )
     is_letter = np.zeros(n + 2, bool)
     np.not_equal(letters, 0, out=is_letter[1:-1])
     edges = np.flatnonzero(is_letter[1:] != is_letter[:-1])
@@ -365,7 +361,7 @@ def build_index(items: Iterable[Item], path: Path) -> dict[str, dict[str, int]]:
     ]
     vocabulary, frequency = np.unique(np.concatenate([np.zeros(0, np.uint64), *per_item]), return_counts=True)
     information = np.log((1 + len(items)) / (1 + frequency)) * RAREST / max(np.log((1 + len(items)) / 2), 1e-9)
-    information[np.isin(vocabulary, words_of(" ".join([*map(str, range(1000)), *ascii_lowercase])))] /= 2  # tables
+    information[np.isin(vocabulary, words_of(" ".join([*map(str, range(1000)), *ascii_lowercase, NUMBERS])))] /= 2
     common = np.isin(vocabulary, words_of(COMMON))
     information[common] = np.minimum(information[common], MAX_COMMON)
 

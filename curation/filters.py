@@ -11,7 +11,7 @@ Learning", arXiv:1910.10683, section 2.2. FineWeb: arXiv:2406.17557, section 3.6
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -53,9 +53,9 @@ class Rewrite(Protocol):
 # ---- sentences
 
 SENTENCE_END = re.compile(
-    r"""(?:[!?\u3002\uff01\uff1f]|(?<![\s.])\.(?!\.))   # not the dots of an ellipsis
-        ["'\u201d\u2019)\]}*_,;:.!?-]*                  # what closes with the sentence
-        (?:\s+|(?<=[a-z]\.)(?=[A-Z]))(?=\S)""",
+    r"""(?:(?<![!?])[!?\u3002\uff01\uff1f]|(?<![\s.])\.(?!\.))   # not the dots of an ellipsis
+        ["'\u201d\u2019)\]}*_,;:.!?-]{0,20}+                      # what closes with the sentence
+        (?:\s++|(?<=[a-z]\.)(?=[A-Z]))(?=\S)""",
     re.VERBOSE,
 )
 # A full stop after these, or after a single letter, ends no sentence.
@@ -561,7 +561,10 @@ class FineWebQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """The probability that a fastText model gives to the languages that are wanted."""
+    """The probability that a fastText model gives to the languages that are wanted.
+
+    Puts it into the metadata, as `language_score`, where they can be written to.
+    """
 
     languages: tuple[str, ...] = ("en",)
     minimum: float = 0.65  # FineWeb
@@ -569,10 +572,13 @@ class Language:
     sample_characters: int | None = 8000  # longer texts are judged by four passages of this many together
 
     def check(self, text: str, metadata: Metadata) -> str | None:
-        return "language" if self.score(text) <= self.minimum else None
+        score = self.score(text)
+        if isinstance(metadata, MutableMapping):
+            metadata["language_score"] = score
+        return "language" if score <= self.minimum else None
 
     def score(self, text: str) -> float:
-        """The largest probability among the languages; goes into the metadata as `language_score`."""
+        """The largest probability among the languages."""
         probabilities = language_probabilities(self.model_file, sample_of(text, self.sample_characters))
         return max(probabilities.get(language, 0.0) for language in self.languages)
 
@@ -788,7 +794,8 @@ def listed_hashes(file: str) -> np.ndarray:
     rest = b""
     with open(file, "rb") as lines:
         while block := lines.read(1 << 22) or rest and b"\n":  # a last line without an end
-            *entries, rest = (rest + block).replace(b"\r", b"").split(b"\n")
+            block = (rest + block).replace(b"\r", b"")
+            *entries, rest = block.split(b"\n")
             if b"#" in block:
                 entries = [entry for entry in entries if not entry.startswith(b"#")]
             hashes = np.fromiter(map(hash, entries), np.int64, len(entries))

@@ -23,8 +23,11 @@ def family(name: str) -> str:
     return "/".join([*parts[:depth], stem])
 
 
-def walk(root: str | Path, skip: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
-    """(relative name, path) of every file under `root`; folders named in `skip` are left out, links not followed."""
+def walk(root: str | Path, skip: Iterable[str] = (), links: bool = False) -> Iterator[tuple[str, str]]:
+    """(relative name, path) of every file under `root`; folders named in `skip` are left out.
+
+    Links to folders are not followed, links to files only with `links`.
+    """
     skip = {*skip}
     folders = [("", str(root))]
     while folders:
@@ -32,7 +35,7 @@ def walk(root: str | Path, skip: Iterable[str] = ()) -> Iterator[tuple[str, str]
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.is_file(follow_symlinks=False):
+                    if entry.is_file(follow_symlinks=links):
                         yield prefix + entry.name, entry.path
                     elif entry.is_dir(follow_symlinks=False) and entry.name not in skip:
                         folders.append((f"{prefix}{entry.name}/", entry.path))

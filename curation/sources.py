@@ -171,7 +171,7 @@ def list_files(source: Source, mirror: Path | None = None) -> list[InputFile]:
             InputFile(
                 name=os.fsencode(name).decode(errors="replace"), path=str(path), size_bytes=os.stat(path).st_size
             )
-            for name, path in walk(root, skip={".git", ".cache"})
+            for name, path in walk(root, skip={".git", ".cache"}, links=True)
         ]
         where = str(root)
     files = [file for file in files if any(fnmatch(file.name, pattern) for pattern in source.paths)]

