@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -215,19 +215,20 @@ class Quality:
 
     def score(self, text: str) -> float:
         """The probability that the text is good; goes into the metadata as `quality`."""
-        model = load_model(str(self.model_file))
-        if model.weights is not None:
-            return score_of(model.weights, model.bias, features_of(text))
-        line = " ".join(text.split()).encode("utf-8", "replace").decode() + "\n"
-        found = {
-            label.removeprefix("__label__"): score
-            for score, label in model.fasttext.f.predict(line, -1, 0.0, "strict")
-        }
-        if self.label not in found:
-            raise ValueError(
-                f"{self.model_file} is fastText's: say which label is good, of {', '.join(sorted(found))}"
-            )
-        return min(found[self.label], 1.0)
+        return judged(str(self.model_file), self.label, text)
+
+
+@lru_cache(maxsize=1)  # the score and the decision are asked for one after the other
+def judged(path: str, label: str | None, text: str) -> float:
+    model = load_model(path)
+    if model.weights is not None:
+        return score_of(model.weights, model.bias, features_of(text))
+    line = " ".join(text.split()).encode("utf-8", "replace").decode() + "\n"
+    found = model.fasttext.f.predict(line, -1, 0.0, "strict")
+    scores = {name.removeprefix("__label__"): score for score, name in found}
+    if label not in scores:
+        raise ValueError(f"{path} is fastText's: say which label is good, of {', '.join(sorted(scores))}")
+    return float(min(scores[label], 1.0))
 
 
 # ---- command line
