@@ -376,6 +376,8 @@ def build_index(items: Iterable[Item], path: Path) -> dict[str, dict[str, int]]:
     common = np.isin(vocabulary, words_of(COMMON))
     information[common] = np.minimum(information[common], MAX_COMMON)
 
+    information = np.round(information, 3)  # whatever the last bits of this processor's logarithm
+
     def weigh(words: np.ndarray) -> np.ndarray:
         """The information of each word of a unit; what stands there several times counts once, in equal parts."""
         distinct, place, n_times = np.unique(words, return_inverse=True, return_counts=True)

@@ -4,9 +4,10 @@
     python -m curation.quality show quality.npz
 
 The model is a logistic regression over a page's words, signs of punctuation and pairs of them, hashed to N_FEATURES
-weights, which is what fastText's supervised mode amounts to. The same labels give the same bytes; fastText's own
-training does not: the pinned build stops at random with "Encountered NaN". A classifier that somebody else trained
-with fastText is applied as it is (`Quality(model_file="theirs.bin", label="hq", minimum=0.02)`).
+weights, which is what fastText's supervised mode amounts to. The same labels give the same bytes on the same kind of
+processor; fastText's own training does not: the pinned build stops at random with "Encountered NaN". A classifier
+that somebody else trained with fastText is applied as it is (`Quality(model_file="theirs.bin", label="hq",
+minimum=0.02)`).
 
 Some of the labelled texts, chosen by a hash of the text, are never trained on: precision and recall are measured on
 them and stand in the model file.
