@@ -1,8 +1,13 @@
-"""The rules on real text against datatrove's filters: documents per CPU second, and decisions alike, rule by rule."""
+"""The rules on real text against datatrove's filters: documents per CPU second, and decisions alike, rule by rule.
+
+dolma, which needs older libraries, is a peer where it has an environment of its own:
+python3.11 -m venv .venv-dolma && .venv-dolma/bin/pip install dolma==1.2.1
+"""
 
 import hashlib
 import json
 import os
+import subprocess
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +20,19 @@ import zstandard
 
 from curation.audit import STOCK
 from curation.contest import Contest, Measured, measure
-from curation.filters import FINEWEB, Language, PersonalData, Rewrite, Rule, Url, stock_of
+from curation.filters import (
+    FINEWEB,
+    C4Lines,
+    C4Quality,
+    GopherQuality,
+    GopherRepetition,
+    Language,
+    PersonalData,
+    Rewrite,
+    Rule,
+    Url,
+    stock_of,
+)
 
 FILE_BYTES = 80_000  # of text from each file of the corpus
 MAX_DOCUMENTS = 60  # from each file
@@ -25,6 +42,23 @@ PEER = f"datatrove {version('datatrove')}"
 
 # datatrove goes on through its examples from document to document, ours begins anew: one of each, to compare texts.
 ONE_EXAMPLE = PersonalData(mails=("email@example.com",), ips=("192.0.2.1",))
+
+GOPHER_AND_C4 = (GopherRepetition(), GopherQuality(), C4Lines(), C4Quality())
+DOLMA = Path(__file__).parent.parent / ".venv-dolma" / "bin" / "python"
+# dolma gives every document scores; so all rules are asked here, whatever the first one says.
+DOLMA_RUN = """
+import json, sys, time
+from dolma.core.data_types import Document
+from dolma.taggers.c4 import FasterC4Tagger
+from dolma.taggers.gopher import GopherTagger
+taggers = [GopherTagger(), FasterC4Tagger()]
+documents = [Document(source="", version="", id=i, text=text) for i, _, text in json.load(open(sys.argv[1]))]
+start = time.process_time()
+for document in documents:
+    for tagger in taggers:
+        tagger.predict(document)
+print(time.process_time() - start)
+"""
 
 Documents = list[tuple[str, str, str]]  # (id, address, text)
 Rules = Sequence[Rule | Rewrite]
@@ -144,7 +178,8 @@ def load_domains_stock(_: None) -> Any:
 
 def contests(corpus: Path) -> list[Contest]:
     documents = sample(corpus)
-    return [chain(documents), *each_rule(documents), exact_split(documents), personal_data(), domains()]
+    rows = [chain(documents), *each_rule(documents), exact_split(documents), personal_data(), domains()]
+    return rows + ([dolma(documents)] if DOLMA.exists() else [])
 
 
 def compared(rules: Rules, documents: Documents, repetitions: int) -> tuple[list[Measured], list[Measured]]:
@@ -286,3 +321,33 @@ def domains() -> Contest:
         reached=ours.peak_rss_mb < stock.peak_rss_mb,
         note=f"loaded in {ours.cpu_s:.1f} and {stock.cpu_s:.1f} CPU seconds",
     )
+
+
+def dolma(documents: Documents) -> Contest:
+    """The rules of Gopher and C4 that both have, every one asked about every document."""
+    ours = measure(run_all, documents, prepare=partial(ready_ours, GOPHER_AND_C4))
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(documents, file)
+        file.flush()
+        run = subprocess.run([DOLMA, "-c", DOLMA_RUN, file.name], capture_output=True, text=True, check=True)
+    cpu_s = float(run.stdout.split()[-1])
+    return Contest(
+        step="Gopher's and C4's measures of every document",
+        metric="documents per CPU second",
+        peer="dolma 1.2.1 gopher_v1, c4_v2",
+        ours=len(documents) / ours.cpu_s,
+        theirs=len(documents) / cpu_s,
+        target="above",
+        reached=ours.cpu_s < cpu_s,
+    )
+
+
+def run_all(rules: Rules, documents: Documents) -> int:
+    n_broken = 0
+    for _, url, text in documents:
+        for rule in rules:
+            if hasattr(rule, "check"):
+                n_broken += rule.check(text, {"url": url}) is not None
+            else:
+                text = rule.rewrite(text, {"url": url})
+    return n_broken

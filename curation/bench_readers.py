@@ -1,8 +1,13 @@
-"""Reading files against datatrove's readers: MB of text per CPU second, and what one bad byte or a cut file costs."""
+"""Reading files against datatrove's readers: MB of text per CPU second, what one bad byte or a cut file costs, and how
+long two workers take for one large file among small ones.
+"""
 
 import gzip
+import heapq
 import json
+import random
 import tempfile
+import time
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -16,6 +21,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from curation.contest import Contest, Measured, measure
+from curation.filters import GopherQuality, GopherRepetition
 from curation.readers import read_piece
 from curation.sources import MB, OWN, list_files, make_pieces
 
@@ -24,6 +30,7 @@ ROUNDS = 3
 N_LINES = 2_000
 BAD_LINE = 490  # of them
 PEER = f"datatrove {version('datatrove')}"
+WORK = (GopherQuality(), GopherRepetition())
 FORMATS = {"jsonl": "JsonlReader", "jsonl.gz": "JsonlReader", "jsonl.zst": "JsonlReader", "parquet": "ParquetReader"}
 
 
@@ -34,6 +41,7 @@ def write_files(corpus: Path, folder: Path) -> float:
         with zstandard.open(path, "rt", encoding="utf-8") as lines:
             found = (json.loads(line) for number, line in enumerate(lines) if number % EVERY == 0)
             rows += [{"id": row["id"], "text": row["text"], "url": row.get("url") or ""} for row in found]
+    random.Random(0).shuffle(rows)
     data = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     for suffix in FORMATS:
         (folder / suffix).mkdir()
@@ -118,6 +126,51 @@ def survivors(folder: Path, name: str, data: bytes, n_good: int, what: str) -> C
     )
 
 
+def seconds_of_pieces(folder: Path, piece_bytes: int) -> list[float]:
+    """CPU seconds of reading each piece and asking the rules about its documents."""
+    source = replace(OWN, folder=str(folder))
+    seconds = []
+    for piece in make_pieces(source, list_files(source), piece_bytes):
+        start = time.process_time()
+        for raw in read_piece(source, piece):
+            for rule in WORK:
+                rule.check(raw.text, {})
+        seconds.append(time.process_time() - start)
+    return seconds
+
+
+def makespan(seconds: list[float], n_workers: int) -> float:
+    """Seconds until the last worker is done, when each takes the longest piece that is left."""
+    busy = [0.0] * n_workers
+    for duration in sorted(seconds, reverse=True):
+        heapq.heapreplace(busy, busy[0] + duration)
+    return max(busy)
+
+
+def uneven_files(folder: Path, data: bytes) -> Contest:
+    """One file with nine tenths of the bytes and three small ones. datatrove gives whole files to its tasks."""
+    folder.mkdir()
+    lines = data.splitlines(keepends=True)
+    for i, (first, last) in enumerate(((0, 90), (90, 93), (93, 96), (96, 100))):
+        part = lines[len(lines) * first // 100 : len(lines) * last // 100]
+        (folder / f"{i}.jsonl").write_bytes(b"".join(part))
+    size = max(path.stat().st_size for path in folder.iterdir())
+    ours = measure(seconds_of_pieces, folder, size // 24).result
+    whole = measure(seconds_of_pieces, folder, size).result
+    ideal = sum(ours) / 2
+    fast, slow = makespan(ours, 2), makespan(whole, 2)
+    return Contest(
+        step="one file with 90 % of the bytes, three small ones, two workers",
+        metric="seconds until both are done (of CPU seconds a piece, longest first)",
+        peer=f"whole files, as {PEER} gives them to its tasks",
+        ours=fast,
+        theirs=slow,
+        target="1.7 times sooner, within 10 % of the ideal",
+        reached=slow >= 1.7 * fast and fast <= 1.1 * ideal,
+        note=f"{len(ours)} pieces; {slow / fast:.2f} times sooner, {fast / ideal - 1:.1%} above the ideal",
+    )
+
+
 def contests(corpus: Path) -> list[Contest]:
     lines = [json.dumps({"id": str(i), "text": f"document {i} " * 20, "url": ""}).encode() for i in range(N_LINES)]
     broken = lines[BAD_LINE].replace(b"document", b"d\xffcument", 1)
@@ -129,6 +182,7 @@ def contests(corpus: Path) -> list[Contest]:
         n_mb = write_files(corpus, folder)
         rows = [speed(folder / suffix, n_mb) for suffix in FORMATS]
         rows.append(survivors(folder / "bad", "a.jsonl", bad, N_LINES - 1, "one invalid byte in 2,000 lines"))
+        rows.append(uneven_files(folder / "uneven", (folder / "jsonl/a.jsonl").read_bytes()))
         rows.append(survivors(folder / "cut", "a.jsonl.gz", cut, whole_lines(cut), "gzip cut at three quarters"))
     return rows
 

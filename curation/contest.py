@@ -39,6 +39,13 @@ def cpu_seconds() -> float:
     return sum(used.ru_utime + used.ru_stime for used in usage)
 
 
+def peak_rss_mb() -> float:
+    """The most memory this process has held, in MB. (ru_maxrss would be that of the parent, if it was higher.)"""
+    with open("/proc/self/status") as status:
+        kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return kib * 1024 / 1e6
+
+
 def measure(work: Callable[..., Any], *arguments: Any, prepare: Callable[[], Any] | None = None) -> Measured:
     """Run work(*arguments), or work(prepare(), *arguments), in a new process and time it there.
 
@@ -66,7 +73,6 @@ def _measured(sender: Any, work: Callable[..., Any], arguments: tuple[Any, ...],
         cpu, wall = cpu_seconds(), time.perf_counter()
         result = work(*given, *arguments)
         cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        sender.send(Measured(cpu_s=cpu, wall_s=wall, peak_rss_mb=peak, result=result))
+        sender.send(Measured(cpu_s=cpu, wall_s=wall, peak_rss_mb=peak_rss_mb(), result=result))
     except Exception as error:
         sender.send(f"{type(error).__name__}: {error}")

@@ -4,7 +4,7 @@
     python -m curation.decontaminate check --index decontamination.index --input pages.jsonl.zst
 
 The folders hold the suites' files as they are downloaded (.jsonl, .jsonl.gz, .jsonl.zst, .parquet; .txt with a
-passage in each line), below a folder, or under a name, that begins with the benchmark's: `mmlu/...`,
+passage in each line), below a folder, or under a name, that has the benchmark's in it: `mmlu/...`,
 `gsm8k_test.jsonl`. BENCHMARKS says which columns are questions, choices, answers and passages; files of other
 benchmarks need the columns stem, choices, answer, passage.
 
@@ -41,7 +41,8 @@ from curation.words import powers_up_to
 FORMAT = 1
 NGRAM = 5  # words in a run that is looked up
 UNIT_WORDS = 32  # a long passage is cut into units of this length, so that a part of it is found, too
-MIN_EVIDENCE = 28.0  # nats; of 26,000 clean documents 0.18 % have as much as 22, 0.09 % 26, 0.07 % 28, 0.04 % 36
+MIN_EVIDENCE = 28.0  # nats; of 26,000 clean documents 0.18 % have as much as 22, 0.09 % 26, 0.07 % 28, 0.03 % 36
+MIN_INDEXED = 20.0  # nats; what says less is not looked for, whatever min_evidence is
 RAREST = 10.0  # nats in a word that a single item has, however many items there are
 MIN_STEM = 0.6  # of a short question has to be there before its answer is looked for
 COMMON = """a about after all also an and any are as at be because been before best but by can could did do does each
@@ -130,15 +131,25 @@ def read_rows(path: Path) -> Iterator[Row]:
                 raise ValueError(f"{path}, line {number + 1}: not one JSON object in UTF-8 ({error})") from None
 
 
+def benchmark_of(parts: Sequence[str]) -> str:
+    """The benchmark that a file holds, by its folders (the first is that of all items) and its name."""
+    for part in parts:
+        squeezed = re.sub(r"[^a-z0-9]", "", part.lower())
+        for benchmark in BENCHMARKS:
+            # openai_humaneval, but not search
+            if squeezed.startswith(benchmark) or (len(benchmark) > 4 and benchmark in squeezed):
+                return benchmark
+    return parts[1].split(".")[0]
+
+
 def item_files(folder: Path) -> list[tuple[str, Path]]:
     """(benchmark, path) of every file of items in a folder, sorted; what is named train is left out."""
     files = []
     for path in sorted(folder.resolve().rglob("*")):
-        parts = path.relative_to(folder.resolve().parent).as_posix().lower().replace("-", "_").split("/")
-        known = (benchmark for part in parts for benchmark in BENCHMARKS if part.startswith(benchmark))
-        benchmark = next(known, parts[1].split(".")[0])
+        parts = path.relative_to(folder.resolve().parent).parts
+        benchmark = benchmark_of(parts)
         is_note = path.suffix == ".txt" and not BENCHMARKS.get(benchmark, OTHER).plain  # a licence, a README
-        is_training = any(part.startswith(("train", "auxiliary_train")) for part in parts[1:])
+        is_training = any(part.lower().startswith(("train", "auxiliary_train")) for part in parts[1:])
         if path.name.endswith(SUFFIXES) and not is_note and not is_training:
             files.append((benchmark, path))
     if not files:
@@ -365,6 +376,8 @@ def build_index(items: Iterable[Item], path: Path) -> dict[str, dict[str, int]]:
     common = np.isin(vocabulary, words_of(COMMON))
     information[common] = np.minimum(information[common], MAX_COMMON)
 
+    information = np.round(information, 3)  # whatever the last bits of this processor's logarithm
+
     def weigh(words: np.ndarray) -> np.ndarray:
         """The information of each word of a unit; what stands there several times counts once, in equal parts."""
         distinct, place, n_times = np.unique(words, return_inverse=True, return_counts=True)
@@ -397,9 +410,9 @@ def build_index(items: Iterable[Item], path: Path) -> dict[str, dict[str, int]]:
                 is_short = any(unit is stem for stem in stems) and says < 2 * MIN_EVIDENCE
                 tail = [np.unique(answer), np.unique(choices)] if is_short else []
                 with_tail = says + max((weigh(part).sum() / 2 for part in tail), default=0)
-                if len(unit) >= NGRAM and with_tail >= MIN_EVIDENCE:
+                if len(unit) >= NGRAM and with_tail >= MIN_INDEXED:
                     add(unit, number, tail)
-                    found = True
+                    found |= bool(with_tail >= MIN_EVIDENCE)
         counts[item.benchmark]["items"] += 1
         counts[item.benchmark]["too_short"] += not found
 
@@ -619,6 +632,12 @@ class Decontaminate:
 
     index_file: str  # from build_index
     min_evidence: float = MIN_EVIDENCE  # nats
+
+    def __post_init__(self) -> None:
+        if self.min_evidence < MIN_INDEXED:
+            raise ValueError(
+                f"min_evidence {self.min_evidence} is below {MIN_INDEXED}, the least that the index holds"
+            )
 
     def check(self, text: str, metadata: Mapping[str, Any]) -> str | None:
         return "contaminated" if find_matches(str(self.index_file), text, self.min_evidence) else None

@@ -4,9 +4,10 @@
     python -m curation.quality show quality.npz
 
 The model is a logistic regression over a page's words, signs of punctuation and pairs of them, hashed to N_FEATURES
-weights, which is what fastText's supervised mode amounts to. The same labels give the same bytes; fastText's own
-training does not: the pinned build stops at random with "Encountered NaN". A classifier that somebody else trained
-with fastText is applied as it is (`Quality(model_file="theirs.bin", label="hq", minimum=0.02)`).
+weights, which is what fastText's supervised mode amounts to. The same labels give the same bytes on the same kind of
+processor; fastText's own training does not: the pinned build stops at random with "Encountered NaN". A classifier
+that somebody else trained with fastText is applied as it is (`Quality(model_file="theirs.bin", label="hq",
+minimum=0.02)`).
 
 Some of the labelled texts, chosen by a hash of the text, are never trained on: precision and recall are measured on
 them and stand in the model file.
@@ -17,7 +18,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,7 @@ class Quality:
         return "quality" if score < self.minimum else None
 
     def score(self, text: str) -> float:
+<<<<<<< HEAD
         """The probability that the text is good; whoever has it already gives it to `check` as metadata `quality`."""
         model = load_model(str(self.model_file))
         if model.weights is not None:
@@ -229,6 +231,23 @@ class Quality:
                 f"{self.model_file} is fastText's: say which label is good, of {', '.join(sorted(found))}"
             )
         return min(found[self.label], 1.0)
+=======
+        """The probability that the text is good; goes into the metadata as `quality`."""
+        return judged(str(self.model_file), self.label, text)
+
+
+@lru_cache(maxsize=1)  # the score and the decision are asked for one after the other
+def judged(path: str, label: str | None, text: str) -> float:
+    model = load_model(path)
+    if model.weights is not None:
+        return score_of(model.weights, model.bias, features_of(text))
+    line = " ".join(text.split()).encode("utf-8", "replace").decode() + "\n"
+    found = model.fasttext.f.predict(line, -1, 0.0, "strict")
+    scores = {name.removeprefix("__label__"): score for score, name in found}
+    if label not in scores:
+        raise ValueError(f"{path} is fastText's: say which label is good, of {', '.join(sorted(scores))}")
+    return float(min(scores[label], 1.0))
+>>>>>>> issue4
 
 
 # ---- command line

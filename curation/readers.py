@@ -17,8 +17,9 @@ from curation.hub import open_file
 from curation.sources import FilePart, InputFile, Piece, Source, is_packed, is_rows, suffix_of
 
 CHUNK_BYTES = 1 << 20
+ZSTD_BYTES = 1 << 13  # of a zstd file at once: a few bytes may stand for very many, and the library sets no limit
 BATCH_BYTES = 1 << 24  # of text in a batch of parquet rows
-MAX_LINE_BYTES = 1 << 28  # a longer line is no document but a mistake
+MAX_LINE_BYTES = 1 << 27  # a longer line, or text file, is no document but a mistake
 SHOWN_BYTES = 100_000  # of a line that could not be read
 
 
@@ -92,7 +93,7 @@ def unpack(opened: BinaryIO, name: str, stop: int) -> Iterator[bytes]:
     waiting = b""
     while True:
         if not waiting:
-            waiting = opened.read(min(CHUNK_BYTES if is_gzip else CHUNK_BYTES // 8, left))
+            waiting = opened.read(min(CHUNK_BYTES if is_gzip else ZSTD_BYTES, left))
             left -= len(waiting)
             if not waiting:
                 break
@@ -106,7 +107,6 @@ def unpack(opened: BinaryIO, name: str, stop: int) -> Iterator[bytes]:
                 else zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             )
         try:
-            # of gzip not more than so much at once, of zstd what an eighth of a chunk holds
             data = decoder.decompress(waiting, 4 * CHUNK_BYTES) if is_gzip else decoder.decompress(waiting)
         except (zlib.error, zstandard.ZstdError):
             raise DamagedError(f"damaged_{kind}") from None
@@ -173,6 +173,9 @@ def split_lines(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, byt
                         yield offset, line, None
                     offset += n_pending + 1
                     pending, n_pending, is_huge = [], 0, False
+                elif len(line) > MAX_LINE_BYTES:
+                    yield offset, line[:SHOWN_BYTES], "huge_line"
+                    offset += len(line) + 1
                 else:
                     yield offset, line, None
                     offset += len(line) + 1

@@ -328,7 +328,8 @@ class Run:
         if name == "tokens":
             return f"{sum(map(len, self.token_tasks.values())):,} pieces"
         if name == "mixture":
-            return "; ".join(self.mixture["messages"]) or "every source as its budget says"
+            n = len(self.mixture["messages"])
+            return f"{n} messages, printed at the end" if n else "every source as its budget says"
         tokens = {s: sum(entry[s]["tokens"] for entry in self.mixture["sources"].values()) for s in SPLITS}
         n_shards = sum(map(len, self.shard_tasks.values()))
         return f"{tokens['train']:,} tokens to train, {tokens['heldout']:,} held out, in {n_shards} shards"

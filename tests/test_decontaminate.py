@@ -1,19 +1,25 @@
+import gzip
 import json
 import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from curation.decontaminate import (
     BENCHMARKS,
     CHUNK_CHARACTERS,
     Decontaminate,
     Index,
+    benchmark_of,
     build_index,
     main,
     make_item,
     read_items,
+    read_rows,
     split_words,
 )
 
@@ -175,6 +181,23 @@ def test_columns_of_the_suites_are_understood(benchmark, row, stem, answer, n_ch
         assert item.stems[1] == "a y b"
 
 
+@pytest.mark.parametrize(
+    ("path", "benchmark"),
+    [
+        ("evals/allenai/ai2_arc/ARC-Challenge/test-00000-of-00001.parquet", "arc"),
+        ("evals/openai_humaneval/test.parquet", "humaneval"),
+        ("evals/truthful_qa/multiple_choice/validation.parquet", "truthfulqa"),
+        ("evals/MedQA-USMLE-4-options/phrases_no_exclude_test.jsonl", "medqa"),
+        ("evals/gsm8k_test.jsonl", "gsm8k"),
+        ("wikitext-2/valid.txt", "wikitext"),
+        ("evals/search/items.jsonl", "search"),
+        ("evals/ours.jsonl", "ours"),
+    ],
+)
+def test_benchmark_is_known_by_the_names_of_the_folders(path, benchmark):
+    assert benchmark_of(path.split("/")) == benchmark
+
+
 def test_training_splits_and_headings_are_no_items(tmp_path):
     write_rows(tmp_path / "gsm8k/train.jsonl", [{"question": "q", "answer": "a"}])
     write_rows(tmp_path / "gsm8k/test.jsonl", [{"question": "How many?", "answer": "4"}])
@@ -182,6 +205,24 @@ def test_training_splits_and_headings_are_no_items(tmp_path):
     (tmp_path / "wikitext-2/valid.txt").write_text(" = Heading = \n \n A passage here . \n")
     items = list(read_items([tmp_path]))
     assert [(item.benchmark, item.row) for item in items] == [("gsm8k", 0), ("wikitext", 2)]
+
+
+def test_rows_are_read_from_every_kind_of_file(tmp_path):
+    rows = [
+        {"question": "Was it caf\u00e9?", "choices": ["a", "b"], "answer": 1},
+        {"question": "?", "choices": [], "answer": 0},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    packed = zstandard.ZstdCompressor()
+    (tmp_path / "a.jsonl.zst").write_bytes(packed.compress(lines[:20]) + packed.compress(lines[20:]))  # two frames
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        assert list(read_rows(tmp_path / name)) == rows, name
+    (tmp_path / "broken.jsonl").write_bytes(lines + b'{"question": ')
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 3: not one JSON object"):
+        list(read_rows(tmp_path / "broken.jsonl"))
 
 
 def test_items_in_columns_that_are_not_there_are_refused_by_file(tmp_path):
@@ -200,6 +241,17 @@ def test_damaged_index_is_refused_by_name(rule, tmp_path):
         Index(tmp_path / "other")
     with pytest.raises(FileNotFoundError, match="no decontamination index"):
         Decontaminate(index_file=str(tmp_path / "none")).check("text", {})
+
+
+def test_less_evidence_can_be_asked_for_but_not_less_than_the_index_holds(rule, suites):
+    words = suites[1][0]["question"].split()
+    lax = Decontaminate(index_file=rule.index_file, min_evidence=20)
+    found, found_with_less = (
+        sum(bool(each.check(around(" ".join(words[:n])), {})) for n in range(len(words))) for each in (rule, lax)
+    )
+    assert 0 < found < found_with_less
+    with pytest.raises(ValueError, match=r"min_evidence 5 is below 20\.0"):
+        Decontaminate(index_file=rule.index_file, min_evidence=5)
 
 
 def test_index_of_nothing_finds_nothing(tmp_path):

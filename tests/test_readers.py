@@ -276,9 +276,10 @@ def test_empty_vanished_and_changed_files_are_named(tmp_path):
     }
 
 
-def test_line_that_never_ends_is_dropped_without_being_held(tmp_path, monkeypatch):
+@pytest.mark.parametrize("chunk_bytes", [1_000, 1 << 20])
+def test_line_that_never_ends_is_dropped_without_being_held(tmp_path, monkeypatch, chunk_bytes):
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 5_000)
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 1_000)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk_bytes)
     long, short = json.dumps({"text": "y" * 20_000}), '{"text": "short"}'
     (tmp_path / "a.jsonl").write_text(f"{short}\n{long}\n{short}\n{long}")
     found = list(read_all(own(tmp_path)).values())

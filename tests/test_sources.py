@@ -245,6 +245,8 @@ class FakeHub(BaseHTTPRequestHandler):
                     return self.wfile.write(b"HTTP/1.1 206 Partial Content\r\nContent-Length: 999\r\n\r\nonly this")
                 return self.answer(int(fault))
             data = self.files[path.removeprefix("/store/")]
+            if len(data) < 100:
+                return self.answer(200, data)  # a server that knows no ranges
             start, stop = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
             return self.answer(206, data[start : stop + 1])
         return self.answer(404, X_Error_Code="RepoNotFound")
