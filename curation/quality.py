@@ -212,26 +212,9 @@ class Quality:
     label: str | None = None  # of a fastText model: which of its labels means good
 
     def check(self, text: str, metadata: Mapping[str, Any]) -> str | None:
-        score = metadata["quality"] if "quality" in metadata else self.score(text)
-        return "quality" if score < self.minimum else None
+        return "quality" if self.score(text) < self.minimum else None
 
     def score(self, text: str) -> float:
-<<<<<<< HEAD
-        """The probability that the text is good; whoever has it already gives it to `check` as metadata `quality`."""
-        model = load_model(str(self.model_file))
-        if model.weights is not None:
-            return score_of(model.weights, model.bias, features_of(text))
-        line = " ".join(text.split()).encode("utf-8", "replace").decode() + "\n"
-        found = {
-            label.removeprefix("__label__"): score
-            for score, label in model.fasttext.f.predict(line, -1, 0.0, "strict")
-        }
-        if self.label not in found:
-            raise ValueError(
-                f"{self.model_file} is fastText's: say which label is good, of {', '.join(sorted(found))}"
-            )
-        return min(found[self.label], 1.0)
-=======
         """The probability that the text is good; goes into the metadata as `quality`."""
         return judged(str(self.model_file), self.label, text)
 
@@ -247,7 +230,6 @@ def judged(path: str, label: str | None, text: str) -> float:
     if label not in scores:
         raise ValueError(f"{path} is fastText's: say which label is good, of {', '.join(sorted(scores))}")
     return float(min(scores[label], 1.0))
->>>>>>> issue4
 
 
 # ---- command line
