@@ -160,6 +160,10 @@ class PieceReader(BaseReader):
         progress = Progress()
         piece = piece_of(task.values["piece"])
         for raw in read_piece(self.source, piece, attempts.smaller(BATCH_ROWS)):
+            if raw.problem == "network":  # nothing is wrong with the input: the piece is read again later
+                raise ConnectionError(
+                    f"{task.values['name']} could not be read: the network or the Hub did not answer"
+                )
             n_bytes = len(raw.text.encode())
             self.ledger.documents_in += 1
             self.ledger.text_bytes_in += n_bytes

@@ -244,6 +244,27 @@ def test_task_that_kills_every_process_ends_the_run_with_one_line(tmp_path, monk
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("n_failures", [2, 3])
+def test_task_without_network_is_tried_again_after_the_others(tmp_path, monkeypatch, n_failures):
+    (tmp_path / "offline_step.py").write_text(
+        "def step(data, rank, world_size):\n"
+        f"    with open({str(tmp_path / 'tried')!r}, 'a+') as file:\n"
+        "        file.write(str(rank))\n        file.seek(0)\n        tries = file.read().count('0')\n"
+        f"    if rank == 0 and tries <= {n_failures}:\n        raise ConnectionError('piece 0: no network')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    step = importlib.reload(importlib.import_module("offline_step")).step
+    executor = LocalPipelineExecutor([step], tasks=3, logging_dir=str(tmp_path / "log"), skip_completed=False)
+    jobs = [workers.Job(executor=executor, rank=i, task=workers.Task(key=str(i) * 64, size_bytes=1)) for i in range(3)]
+    with worker_processes(1, tmp_path) as processes:
+        if n_failures == 3:
+            with pytest.raises(ConnectionError, match="piece 0: no network"):
+                workers.run_jobs(processes, tmp_path, jobs, "read")
+        else:
+            workers.run_jobs(processes, tmp_path, jobs, "read")
+    assert (tmp_path / "tried").read_text() == {2: "01200", 3: "01200"}[n_failures]
+
+
 def test_after_a_death_less_is_read_at_once(tmp_path):
     assert read_attempts(tmp_path, "0" * 64).smaller(1000) == 1000
     for n, rows in ((1, 125), (2, 15), (3, 1), (4, 1)):
