@@ -176,6 +176,11 @@ def test_added_and_removed_files_and_changed_options_do_again_what_they_change(t
     counts = stage_counts(before, tasks_done(out))
     assert (counts["read"], counts["duplicates"], counts["tokenizer"]) == (0, 0, 1) and counts["tokens"] > 0
 
+    assert curate(folder, out, "--update", "--prune") == first
+    fresh = tmp_path / "again"
+    curate(folder, fresh)
+    assert {p.relative_to(out) for p in tasks_done(out)} == {p.relative_to(fresh) for p in tasks_done(fresh)}
+
 
 def test_running_again_does_nothing_in_under_two_seconds(texts, whole):
     before = {path: path.stat().st_mtime_ns for path in whole[1].rglob("*")}
