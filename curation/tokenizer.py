@@ -44,6 +44,8 @@ DIFFERENT = 3  # exit code of the comparison
 
 # A longer text is encoded in parts of about this many characters, so that memory beside the ids stays small.
 PART_CHARS = 1 << 16
+# Merging takes about 50 bytes for each character of a word; nothing that is written has words like this.
+MAX_PART_CHARS = 1 << 21
 
 # sentencepiece writes a space as this character inside a piece.
 SPACE = "\u2581"
@@ -83,7 +85,7 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of the text (n,), uint32, without a separator. A long text takes little memory beside itself and these.
 
-        That needs a letter before a space, a digit or a mark now and then: no token reaches over such a place.
+        Raises ValueError for MAX_PART_CHARS without a space, or a letter before something else: no place to cut.
         """
         whole = len(text) <= PART_CHARS or self.engine != "tiktoken"
         arrays = [self._encode_part(part) for part in ([text] if whole else parts(text))]
@@ -108,10 +110,13 @@ class Tokenizer:
 def parts(text: str) -> Iterator[str]:
     """The text in parts of about PART_CHARS, cut only where no token can reach over."""
     start = 0
-    while len(text) - start > PART_CHARS and (found := CUT.search(text, start + PART_CHARS)):
-        yield text[start : found.end()]
-        start = found.end()
-    yield text[start:]
+    while start < len(text):
+        found = CUT.search(text, start + PART_CHARS, start + MAX_PART_CHARS + 1)
+        end = found.end() if found else len(text)
+        if end - start > MAX_PART_CHARS:
+            raise ValueError(f"the text has no place to cut in {MAX_PART_CHARS:,} characters from {start:,} on")
+        yield text[start:end]
+        start = end
 
 
 def load_tokenizer(path: str | Path, sample: Sequence[str] = ()) -> Tokenizer:
