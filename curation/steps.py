@@ -339,7 +339,7 @@ class DecideFates(PipelineStep):
 
         sizes_of = [np.bincount(fates[of_source == n], sizes[of_source == n], 4) for n in range(len(self.sources))]
         counts_of = [np.bincount(fates[of_source == n], minlength=4) for n in range(len(self.sources))]
-        clusters = np.bincount(np.unique(stays[duplicate], return_counts=True)[1] + 1) if duplicate.any() else []
+        clusters: Any = np.bincount(np.unique(stays[duplicate], return_counts=True)[1] + 1) if duplicate.any() else []
         edges = np.cumsum([0, *counts])
         with committed(task_folder(self.work, "duplicates", task.key)) as folder:
             hashes = {}

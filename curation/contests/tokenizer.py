@@ -20,7 +20,7 @@ import zstandard
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from curation.contest import Contest, Measured, measure
+from curation.contests.measure import Contest, Measured, measure
 from curation.merges import SPLITS, library_encode, library_tokenizer
 from curation.shards import token_dtype
 from curation.tokenizer import SEPARATOR, load_tokenizer, train_tokenizer
@@ -48,7 +48,7 @@ SHAPES: dict[str, tuple[int, Any, Any]] = {  # name: vocabulary, normalizer, pre
 OURS = 50_304  # pieces of our own tokenizer
 
 # dolma needs an older numpy, so it has an environment of its own beside this package
-DOLMA = Path(__file__).parents[1] / ".dolma/bin/dolma"
+DOLMA = Path(__file__).parents[2] / ".venv-dolma/bin/dolma"
 TO_INSTALL = "not installed: python -m venv .dolma && .dolma/bin/pip install dolma==1.2.1"
 
 
