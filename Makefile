@@ -8,6 +8,7 @@ RUN ?= runs/demo
 SIZE ?= nano
 STEPS ?= 1600
 ARGS ?=
+CORPUS ?= ../shared/data/corpus
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 PROCESSES ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
@@ -42,6 +43,13 @@ venv_from_apt = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "py
 
 .venv/dev: .venv/ready requirements-dev.txt
 	$(PY) -m pip install --quiet --progress-bar off -r requirements-dev.txt
+	@touch $@
+
+# dolma needs older libraries than ours, and only uv sorts them out in seconds.
+.venv-dolma/ready: .venv/ready
+	$(PY) -m venv .venv-dolma
+	.venv-dolma/bin/python -m pip install --quiet uv
+	.venv-dolma/bin/uv pip install --quiet --python .venv-dolma/bin/python dolma==1.2.1
 	@touch $@
 
 demo: setup  ## the main job on this machine's own text: curate, train, score, sample, report
@@ -90,7 +98,7 @@ test: .venv/dev  ## run the tests (about ten minutes on two cores)
 test-gpu: .venv/dev  ## compare the fused kernels with PyTorch on this machine's GPU
 	$(PY) -m pytest --gpu tests/test_gpu.py
 
-bench-curation: .venv/dev  ## every step against datatrove's (and dolma's) own: make bench-curation CORPUS=../shared/data/corpus
+bench-curation: .venv/dev .venv-dolma/ready  ## every step against datatrove's (and dolma's) own: make bench-curation CORPUS=../shared/data/corpus
 	$(PY) -m curation.contests --corpus $(CORPUS) $(BENCH_ARGS)
 
 check: .venv/dev  ## lint, types, tests
@@ -104,7 +112,7 @@ format: .venv/dev  ## format the code
 	$(PY) -m ruff format --quiet .
 
 clean:  ## delete .venv and caches; data/ and runs/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-dolma .pytest_cache .ruff_cache .mypy_cache
 
 .PHONY: need-CKPT
 need-CKPT:

@@ -1,7 +1,6 @@
 """The rules on real text against datatrove's filters: documents per CPU second, and decisions alike, rule by rule.
 
-dolma, which needs older libraries, is a peer where it has an environment of its own:
-python3.11 -m venv .venv-dolma && .venv-dolma/bin/pip install dolma==1.2.1
+dolma, which needs older libraries, is a peer where it has an environment of its own (make .venv-dolma/ready).
 """
 
 import hashlib
