@@ -15,6 +15,7 @@ import logging
 import re
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -87,9 +88,12 @@ class Tokenizer:
 
         Raises ValueError for MAX_PART_CHARS without a space, or a letter before something else: no place to cut.
         """
-        whole = len(text) <= PART_CHARS or self.engine != "tiktoken"
-        arrays = [self._encode_part(part) for part in ([text] if whole else parts(text))]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        if len(text) <= PART_CHARS or self.engine != "tiktoken":
+            return self._encode_part(text)
+        ids = array("I")  # grows in place: no moment needs it twice
+        for part in parts(text):
+            ids.frombytes(self._encode_part(part).tobytes())
+        return np.frombuffer(ids, np.uint32)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without a separator."""
