@@ -163,6 +163,14 @@ def test_vocabulary_whose_pieces_reach_over_words_is_left_to_sentencepiece(tmp_p
     assert tokenizer.encode(text) == library.encode(text)
 
 
+def test_check_takes_both_kinds(tokenizer, tmp_path, capsys):
+    folder = train_json(tmp_path / "checked", "gpt-2")
+    for path in (tokenizer.path, folder / "tokenizer.json"):
+        assert main(["check", str(path)]) == 0
+        assert capsys.readouterr().out == f"{path}: the same ids as its library\n"
+    assert main(["check", str(tmp_path / "none.json")]) == 2
+
+
 # ---- tokenizer.json
 
 SPLIT = pre_tokenizers.Split
