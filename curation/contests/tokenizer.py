@@ -49,7 +49,7 @@ OURS = 50_304  # pieces of our own tokenizer
 
 # dolma needs an older numpy, so it has an environment of its own beside this package
 DOLMA = Path(__file__).parents[2] / ".venv-dolma/bin/dolma"
-TO_INSTALL = "not installed: python -m venv .dolma && .dolma/bin/pip install dolma==1.2.1"
+TO_INSTALL = "dolma is not installed: make .venv-dolma/ready"
 
 
 def texts_of(corpus: Path, every: int, first: int) -> list[str]:
