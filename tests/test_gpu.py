@@ -173,13 +173,14 @@ def test_attention_equals_its_twin(fused, l, dtype, packed):
 @pytest.mark.parametrize("vocab", [512, 50304])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 63, 5000])
-def test_cross_entropy_equals_its_twin(fused, deterministic, t, dtype, vocab):
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_cross_entropy_equals_its_twin(fused, deterministic, t, dtype, vocab, z_loss):
     targets = torch.randint(0, vocab, (t,), generator=torch.Generator().manual_seed(t))
     targets[1::3] = reference.IGNORED_TARGET
     inputs = [draw(t, 64, dtype=torch.bfloat16), draw(vocab, 64, dtype=torch.bfloat16, scale=0.3)]
-    assert_twins(fused, "cross_entropy", inputs, dtype, targets=targets.cuda())
+    assert_twins(fused, "cross_entropy", inputs, dtype, targets=targets.cuda(), z_loss=z_loss)
     with torch.no_grad():
-        got, want = (ops.cross_entropy(*inputs, targets.cuda()) for ops in (fused, reference))
+        got, want = (ops.cross_entropy(*inputs, targets.cuda(), z_loss) for ops in (fused, reference))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=0)  # the same bfloat16 logits, float32 sums
 
 

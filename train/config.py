@@ -53,7 +53,7 @@ class TrainConfig:
     muon_momentum: float | None = option(None, help="with --optimizer muon: decay rate of its mean of the gradients (default: 0.95)")
     beta1: float = option(0.9, help="AdamW's first decay rate")
     beta2: float = option(0.95, help="AdamW's second decay rate")
-    z_loss: float = option(0.0, least=0, help="weight of the square of log Z, the softmax's denominator, in the training loss, which then includes it; 1e-4 is PaLM's; 0 leaves it out; not with the fused kernels")
+    z_loss: float = option(0.0, least=0, help="weight of the square of log Z, the softmax's denominator, in the training loss, which then includes it; 1e-4 is PaLM's; 0 leaves it out")
     clip: float = option(1.0, least=0, help="largest norm of the whole gradient; 0 switches clipping off")
     seed: int = option(1234, least=0, help="of the first weights and of the order of the data")
     ds_config: str | None = option(None, help="a DeepSpeed JSON (default: ds_configs/zero2.json, or cpu.json where there is no GPU)")
