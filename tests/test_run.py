@@ -81,6 +81,14 @@ def test_run_goes_on_with_another_number_of_processes_and_another_zero_stage(dat
         assert abs(row["grad_norm"] - expected["grad_norm"]) < 1e-5
 
 
+def test_stage_1_in_bf16_goes_on_bit_for_bit(data, tmp_path):
+    """DeepSpeed has an optimizer of its own for this pair, with other maps of the weights."""
+    flags = ["--steps", 4, "--save-every", 2, "--eval-every", 0, "--ds-config", "ds_configs/zero1.json"]
+    unbroken = train(data, tmp_path / "run", *flags)
+    shutil.rmtree(RunDir(tmp_path / "run").checkpoint(4))
+    assert numbers(train(data, tmp_path / "run", *flags, "--resume")) == numbers(unbroken)
+
+
 def test_run_goes_on_in_stage_0_and_from_there(data, whole, half, tmp_path):
     run = shutil.copytree(half, tmp_path / "run")
     train(data, run, "--resume", "--ds-config", "ds_configs/zero0.json", "--stop-after", 9)

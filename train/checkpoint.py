@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -56,6 +57,15 @@ def torch_optimizer(engine):
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
+def flat_parameters(engine):
+    """This rank's flat float32 parameters, which the torch optimizer steps in ZeRO stages 1 to 3."""
+    if engine.zero_optimization_stage() == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    if isinstance(engine.optimizer, BF16_Optimizer):  # DeepSpeed's choice for stage 1 in bf16
+        return engine.optimizer.fp32_groups_flat_partition
+    return engine.optimizer.single_partition_of_fp32_groups
+
+
 def owned_pieces(engine):
     """The pieces that this rank owns. In ZeRO stages 1 to 3 the ranks together own each element once; in stage 0 each
     rank owns everything.
@@ -71,11 +81,11 @@ def owned_pieces(engine):
             start = padded * dist.get_rank()
             numel = min(padded, parameter.ds_numel - start)  # the last shards are padded
             if numel > 0:
-                flat = optimizer.fp32_partitioned_groups_flat[group]
+                flat = flat_parameters(engine)[group]
                 pieces.append(Piece(name, start, numel, flat, offset, parameter.ds_shape))
         elif parameter._hp_mapping is not None:
             mapping = parameter._hp_mapping
-            flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            flat = flat_parameters(engine)[mapping.param_group_index]
             lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
             pieces.append(Piece(name, lp.start, lp.numel, flat, hp.start, parameter.shape))
     return pieces
@@ -90,9 +100,7 @@ def tell_muon(engine):
     """Tell the optimizer, if it is Muon, which matrices its flat parameters hold. All ranks call it, once."""
     optimizer, stage = torch_optimizer(engine), engine.zero_optimization_stage()
     if isinstance(optimizer, Muon) and stage:
-        zero = engine.optimizer
-        flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-        optimizer.shard(flats, owned_pieces(engine), engine.device)
+        optimizer.shard(flat_parameters(engine), owned_pieces(engine), engine.device)
 
 
 def save_checkpoint(engine, folder, *, step, tokens, run, tokenizer):
