@@ -186,9 +186,12 @@ def newest_whole(run_dir, say):
     return None
 
 
-def delete_old(run_dir, keep):
-    """Note the best checkpoint, and delete all but it and the newest `keep`; 0 keeps all. Rank 0 alone calls it."""
-    best = note_best(run_dir)
+def delete_old(run_dir, keep, losses):
+    """Note the best checkpoint, and delete all but it and the newest `keep`; 0 keeps all. Rank 0 alone calls it.
+
+    losses: as run_dir.note_best takes them.
+    """
+    best = note_best(run_dir, losses)
     if keep:
         for path in run_dir.checkpoints()[:-keep]:
             if path.name != best:

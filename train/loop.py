@@ -23,7 +23,15 @@ from train.config import make_plan
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
 from train.explain import explain
 from train.metrics import Metrics
-from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, note_best, remove_unfinished, write_json
+from train.run_dir import (
+    RunDir,
+    check_new_or_resumed,
+    cut_metrics,
+    heldout_losses,
+    note_best,
+    remove_unfinished,
+    write_json,
+)
 from train.schedule import learning_rate
 from train.training_data import open_training_data
 from train.validate import heldout_loss
@@ -69,7 +77,8 @@ def train(config, origins=None, explain_for=None):
     if rank == 0:
         remove_unfinished(run_dir)
         cut_metrics(run_dir.metrics, start)
-        note_best(run_dir)  # a checkpoint beyond the step that the run goes on from is not the best any more
+        losses = heldout_losses(run_dir)
+        note_best(run_dir, losses)  # a checkpoint beyond the step that the run goes on from is not the best any more
         write_json(run_dir.config, record)
         metrics = Metrics(run_dir.metrics, start + 1, plan.last_step)
         going = f"goes on from step {start}" if start else "starts"
@@ -118,7 +127,9 @@ def train(config, origins=None, explain_for=None):
             )  # fmt: skip
             saved_step = step
             if rank == 0:
-                delete_old(run_dir, config.keep)
+                if "heldout_loss" in row:
+                    losses[run_dir.checkpoint(step).name] = row["heldout_loss"]
+                delete_old(run_dir, config.keep, losses)
         if must_stop:
             break
     if metrics:
