@@ -47,7 +47,7 @@ def test_muon_takes_the_rate_of_adamw_unless_it_has_its_own():
         ({"decay_steps": 5}, "--decay-steps acts with --schedule wsd alone"),
         ({"schedule": "wsd", "decay_steps": 95, "warmup_steps": 10}, "more than the 100 steps"),
         ({"schedule": "wsd", "decay_steps": 0}, "--decay-steps 0 is too small"),
-        ({"optimizer": "sgd"}, "--optimizer 'sgd' is unknown; choose one of adamw, muon"),
+        ({"optimizer": "sgd"}, "--optimizer 'sgd' is unknown; choose one of adamw, adamw8bit, muon"),
         ({"muon_lr": 0.01}, "--muon-lr acts with --optimizer muon alone"),
         ({"muon_momentum": 0.9}, "--muon-momentum acts with --optimizer muon alone"),
         ({"optimizer": "muon", "muon_lr": -1.0}, "--muon-lr -1.0 is out of range"),

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from curation.shards import file_sha256, sync_folder
 from model.weights import FORMAT, MANIFEST, MOMENTS, TOKENIZER, WEIGHT, copy_stretch, load_checkpoint
-from train.optim import Muon, is_muon
+from train.optim import EightBit, Muon, is_muon
 from train.run_dir import note_best, remove_folder, write_json
 
 
@@ -45,8 +45,13 @@ class Piece:
         return self.flat.detach().view(-1)[self.offset : self.offset + self.numel]
 
     def moment(self, optimizer, kind):
-        """This piece of one of the optimizer's moments, as a view; all zeros before the first step."""
+        """This piece of one of the optimizer's moments, as a view; all zeros before the first step.
+
+        Of moments in 8 bits a copy in float32.
+        """
         state = optimizer.state[self.flat]
+        if isinstance(state.get(kind), EightBit):
+            return state[kind].unpack(self.offset, self.offset + self.numel)
         if kind not in state:
             state[kind] = torch.zeros_like(self.flat)
         return state[kind].view(-1)[self.offset : self.offset + self.numel]

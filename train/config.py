@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from model.config import ModelConfig, get_preset
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 SCHEDULES = ("cosine", "wsd")
 
 
@@ -48,7 +48,7 @@ class TrainConfig:
     decay_steps: int | None = option(None, least=1, help="with --schedule wsd: steps of the decay at the end (default: a fifth of the steps)")
     warmup_steps: int | None = option(None, least=0, help="steps of linear warm-up (default: 2000, at most a tenth of the steps)")
     weight_decay: float = option(0.1, least=0, help="AdamW's decoupled decay, on the weight matrices of the layers and the head")
-    optimizer: str = option("adamw", help="adamw; or muon: Muon for the matrices of the layers, AdamW for the rest")
+    optimizer: str = option("adamw", help="adamw; adamw8bit: its moments of the matrices in 8 bits (bitsandbytes, on GPUs); or muon: Muon for the matrices of the layers, AdamW for the rest")
     muon_lr: float | None = option(None, help="with --optimizer muon: peak learning rate of its matrices (default: --lr, since its updates are scaled to AdamW's size)")
     muon_momentum: float | None = option(None, help="with --optimizer muon: decay rate of its mean of the gradients (default: 0.95)")
     beta1: float = option(0.9, help="AdamW's first decay rate")

@@ -23,6 +23,7 @@ from train.config import make_plan
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
 from train.explain import explain
 from train.metrics import Metrics
+from train.optim import check_optimizer
 from train.run_dir import (
     RunDir,
     check_new_or_resumed,
@@ -60,6 +61,7 @@ def train(config, origins=None, explain_for=None):
         if rank == 0:
             explain(config, origins, plan, ds_config, world_size)
         return
+    check_optimizer(config)
     ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
     record = describe(config, plan, ds_config, world_size, data.sha256) | {"kernels": ops.__name__, "origins": origins}
     run_dir = RunDir(Path(config.run))
