@@ -134,6 +134,18 @@ def test_zero_on_two_processes_equals_plain_pytorch(data, whole):
         assert abs(norm.item() / expected["grad_norm"] - 1) < 1e-4
 
 
+def test_weights_of_another_run_are_where_a_run_may_start(data, whole, tmp_path):
+    checkpoint = RunDir(whole[0]).checkpoint(12)
+    rows = train(data, tmp_path / "run", "--init-from", checkpoint, "--lr", 1e-4, "--stop-after", 2)
+    assert rows[0]["step"] == 1
+    assert rows[0]["loss"] < whole[1][0]["loss"] - 0.1  # it has learnt something
+    result = launch(*FLAGS, "--data", data, "--run", tmp_path / "x", "--size", "nano", "--init-from", checkpoint)
+    assert "is of another shape than --size: it has d_model 32 and not 128" in result.stderr
+    result = launch(*FLAGS, "--data", data, "--run", tmp_path / "x", "--init-from", tmp_path / "nowhere")
+    assert "nowhere does not exist" in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
 def test_only_the_newest_checkpoints_are_kept(data, half, tmp_path):
     run = shutil.copytree(half, tmp_path / "run")
     train(data, run, "--resume", "--keep", 2)

@@ -15,7 +15,7 @@ a checkpoint. The folder is written as step_....part and renamed.
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -179,6 +179,26 @@ def restore_optimizer(engine, checkpoint):
         for kind in (WEIGHT, *moments(optimizer, piece)):
             target = piece.weight() if kind == WEIGHT else piece.moment(optimizer, kind)
             copy_stretch(target, stored[f"{kind}/{piece.name}"], piece.start)
+
+
+# What may differ between a model and the weights that it starts from: what no weight has learnt.
+MAY_DIFFER = {"seq_len", "chunk_size", "rope_scaling", "rope_factor", "rope_original_seq_len"}
+
+
+def open_weights(path, model_config, tokenizer):
+    """The checkpoint of --init-from, whole and of this shape and tokenizer. Raises ValueError or FileNotFoundError.
+
+    tokenizer: the file that the data was made with.
+    """
+    checkpoint = load_checkpoint(path)
+    theirs, ours = asdict(checkpoint.model_config), asdict(model_config)
+    differ = [f"{key} {theirs[key]} and not {ours[key]}" for key in ours if theirs[key] != ours[key]]
+    differ = [line for line in differ if line.split()[0] not in MAY_DIFFER]
+    if differ:
+        raise ValueError(f"--init-from {path} is of another shape than --size: it has {', '.join(differ)}")
+    if file_sha256(checkpoint.tokenizer_path) != file_sha256(tokenizer):
+        raise ValueError(f"--init-from {path} has another tokenizer than --data: its weights know other token ids")
+    return checkpoint
 
 
 def newest_whole(run_dir, say):

@@ -66,6 +66,7 @@ class TrainConfig:
     eval_every: int = option(500, least=0, help="steps between measurements of the held-out loss; 0 leaves them out")
     eval_tokens: int = option(1_000_000, least=0, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
     timeout_minutes: float = option(10.0, least=1, help="minutes that a process waits for another before it fails; make it longer than the slowest save")
+    init_from: str | None = option(None, help="a checkpoint whose weights the run starts from, of another run or of model.import_hf; optimizer, schedule and data begin anew (default: random weights)")
     resume: bool = option(False, help="go on from the run's newest whole checkpoint")
     verify_data: bool = option(True, help="compare the sha256 of every shard with the manifest before training")
     # fmt: on

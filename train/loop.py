@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from model.ops import load_ops
-from train.checkpoint import delete_old, newest_whole, restore_optimizer, save_checkpoint
+from train.checkpoint import delete_old, newest_whole, open_weights, restore_optimizer, save_checkpoint
 from train.config import make_plan
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
 from train.explain import explain
@@ -66,13 +66,17 @@ def train(config, origins=None, explain_for=None):
     record = describe(config, plan, ds_config, world_size, data.sha256) | {"kernels": ops.__name__, "origins": origins}
     run_dir = RunDir(Path(config.run))
     check_new_or_resumed(run_dir, config.resume, record)
+    initial = None
+    if config.init_from and not (config.resume and run_dir.checkpoints()):
+        initial = open_weights(config.init_from, plan.model, data.tokenizer_file)
 
     stop = catch_signals()
     start_processes(rank, world_size, config.timeout_minutes)
     device = deepspeed.get_accelerator().current_device_name()
     checkpoint = newest_whole(run_dir, say=say_on(rank)) if config.resume else None
     start = checkpoint.step if checkpoint else 0
-    engine = make_engine(plan, config, ds_config, weights=checkpoint.tensors() if checkpoint else None)
+    weights = checkpoint or initial
+    engine = make_engine(plan, config, ds_config, weights=weights.tensors() if weights else None)
     if checkpoint:
         restore_optimizer(engine, checkpoint)
     metrics = None
