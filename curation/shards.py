@@ -23,6 +23,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -403,6 +404,12 @@ def document_ids(rows: np.ndarray, separator_id: int) -> np.ndarray:
     return np.repeat(of_place, np.diff(places, append=rows.size)).reshape(rows.shape)
 
 
+def allow_open_files() -> None:
+    """Let this process have as many files open as the system allows: each memory-mapped shard holds one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = None) -> TokenStream:
     """Open one split of a finished data folder; sources: only these of its sources, default all.
 
@@ -418,6 +425,7 @@ def open_stream(folder: str | Path, split: str, sources: Sequence[str] | None = 
     if missing := [source for source in chosen if source not in available]:
         raise ValueError(f"{folder}/{split} has no source {missing[0]!r}; it has: {', '.join(sorted(available))}")
 
+    allow_open_files()
     shards: list[np.ndarray] = []
     for source in chosen:
         opened = list(open_shards(folder, manifest, split, source))

@@ -15,11 +15,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from curation.hub import HUB, list_repo, open_file
 from curation.local_text import (
@@ -221,16 +224,25 @@ def with_digests(files: Sequence[InputFile], known_file: Path) -> list[InputFile
         known = json.loads(known_file.read_bytes())
     except FileNotFoundError:
         known = {}
-    found, new = [], {}
-    for file in files:
-        if not file.digest:
-            stat = os.stat(file.path)
-            seen = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-            entry = known.get(file.path)
-            if entry is None or entry[:3] != seen:
-                entry = new[file.path] = [*seen, file_sha256(Path(file.path))]
-            file = replace(file, digest=entry[3])
-        found.append(file)
+    new: dict[str, list[Any]] = {}
+
+    def with_digest(file: InputFile) -> InputFile:
+        if file.digest:
+            return file
+        stat = os.stat(file.path)
+        seen = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        entry = known.get(file.path)
+        if entry is None or entry[:3] != seen:
+            entry = new[file.path] = [*seen, file_sha256(Path(file.path))]
+        bar.update(stat.st_size)
+        return replace(file, digest=entry[3])
+
+    total = sum(file.size_bytes for file in files)
+    with (
+        tqdm(total=total, desc="digests", unit="B", unit_scale=True, leave=False, disable=None, delay=2) as bar,
+        ThreadPoolExecutor() as pool,  # reading and hashing release the interpreter's lock
+    ):
+        found = list(pool.map(with_digest, files))
     if new:
         with new_file(known_file) as out:
             out.write(json.dumps(known | new).encode())

@@ -26,7 +26,7 @@ from curation.mixture import HIGHEST, cut, plan_mixture, settle
 from curation.quality import Quality
 from curation.readers import read_piece
 from curation.recipe import MinHash
-from curation.shards import SHARD, ShardHeader, file_entry, id_hash, token_dtype, write_shard
+from curation.shards import SHARD, ShardHeader, allow_open_files, file_entry, id_hash, token_dtype, write_shard
 from curation.sources import Source, piece_of
 from curation.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from curation.work import Progress, Task, committed, planned, read_attempts, task_folder
@@ -317,11 +317,11 @@ class DecideFates(PipelineStep):
 
     def decide(self, task: Task, folder: Path) -> None:
         pieces: list[tuple[str, str]] = [tuple(piece) for piece in task.values["pieces"]]  # (source, read key)
-        prints = [np.load(task_folder(self.work, "read", key) / "fingerprints.npz") for _, key in pieces]
         ids, digests, sketches, sizes = (
-            np.concatenate([p[name] for p in prints]) for name in ("ids", "digests", "sketches", "sizes")
+            np.concatenate([read_prints(self.work, key, name) for _, key in pieces])
+            for name in ("ids", "digests", "sketches", "sizes")
         )
-        counts = [len(p["sizes"]) for p in prints]
+        counts = [len(read_prints(self.work, key, "sizes")) for _, key in pieces]
         of_source = np.repeat([self.sources.index(source) for source, _ in pieces], counts)
         exact, stays = self.survivors(task, folder, of_source, digests, sketches, ranks(of_source, ids, digests))
 
@@ -368,19 +368,28 @@ class DecideFates(PipelineStep):
     ) -> tuple[np.ndarray, np.ndarray]:
         """What `survivors` of dedup.py gives for all documents, in the order of the pieces. `folder` is the task's."""
         files = [task_folder(self.work, "read", key) / "keys.npy" for _, key in task.values["pieces"]]
-        keys = [np.load(file, mmap_mode="r") for file in files]
         m = self.minhash
+
+        def keys_of(band: int) -> np.ndarray:  # a file is open only while its row is read: there may be thousands
+            return np.concatenate([np.array(np.load(file, mmap_mode="r")[band]) for file in files])
 
         def is_near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
             return similarities(sketches[a], sketches[b], m.bands * m.rows) >= m.min_similarity
 
         return survivors(
             digests,
-            (np.concatenate([of_piece[band] for of_piece in keys]) for band in range(m.bands)),
+            map(keys_of, range(m.bands)),
             order,
             None if self.across else of_source,
             is_near,
         )
+
+
+def read_prints(work: Path, key: str, name: str) -> np.ndarray:
+    """One array of the fingerprints of a piece."""
+    with np.load(task_folder(work, "read", key) / "fingerprints.npz") as arrays:
+        array: np.ndarray = arrays[name]
+    return array
 
 
 def ranks(of_source: np.ndarray, ids: np.ndarray, digests: np.ndarray) -> np.ndarray:
@@ -483,6 +492,17 @@ class FateReader(BaseReader):
         progress.done()
 
 
+# Columns of a piece's table of documents: start and length in its tokens.bin, first and second half of the id's hash.
+TABLE = ("fate", "order", "id_first", "id_second", "start", "length", "text_bytes")
+
+
+def open_table(work: Path, key: str, fate: int) -> dict[str, np.ndarray]:
+    """The columns of the documents of one fate, sorted by order and memory-mapped: what is not used is not read."""
+    columns = np.load(task_folder(work, "tokens", key) / "table.npy", mmap_mode="r").view(np.ndarray)
+    first, end = np.searchsorted(columns[0], np.array([fate, fate + 1], np.uint64))
+    return dict(zip(TABLE, columns[:, first:end], strict=True))
+
+
 class TokenTable:
     """Where the tokens of each document of a piece are; files as in TokenWriter."""
 
@@ -503,16 +523,8 @@ class TokenTable:
 
     def write(self, folder: Path) -> None:
         self.rows.sort()
-        columns = np.array(self.rows, np.uint64).reshape(-1, 7).T
-        np.savez(
-            folder / "table.npz",
-            fate=columns[0].astype(np.uint8),
-            order=columns[1],
-            ids=np.ascontiguousarray(columns[2:4].T),
-            starts=columns[4],
-            lengths=columns[5],
-            text_bytes=columns[6],
-        )
+        columns = np.array(self.rows, np.uint64).reshape(-1, len(TABLE)).T
+        np.save(folder / "table.npy", np.ascontiguousarray(columns))
         write_lines(folder / "heldout.jsonl", sorted(self.heldout, key=lambda entry: (entry["order"], entry["id"])))
         write_json(folder / "lost.json", self.lost)
 
@@ -521,7 +533,7 @@ class TokenWriter(PipelineStep):
     """Writes the tokens of one piece in the order of its documents, and the table to find them by.
 
     tokens.bin      uint16 or uint32, a separator before each document
-    table.npz       sorted by (fate, order): fate, order, ids (n, 2), starts and lengths in tokens.bin, text_bytes
+    table.npy       the columns of TABLE, uint64, (7, documents), sorted by (fate, order)
     heldout.jsonl   id and text of the held-out documents, in that order
     lost.json       {rule: {"documents", "text_bytes"}} of those that are not in the table, as the poisonous ones, that
                     killed or broke a worker twice
@@ -623,15 +635,18 @@ class PlanShards(PipelineStep):
 
     def columns(self, keys: Sequence[str]) -> dict[int, dict[str, np.ndarray]]:
         """order, lengths and text_bytes of all documents of these pieces, by fate."""
-        tables = [np.load(task_folder(self.work, "tokens", key) / "table.npz") for key in keys]
-        types = {"order": np.uint64, "lengths": np.int64, "text_bytes": np.int64}
-        return {
-            fate: {
-                name: np.concatenate([np.zeros(0, dtype), *(t[name][t["fate"] == fate].astype(dtype) for t in tables)])
-                for name, dtype in types.items()
+        result = {}
+        for fate in (TRAIN, HELDOUT):
+            tables = [open_table(self.work, key, fate) for key in keys]
+            result[fate] = {
+                name: np.concatenate([np.zeros(0, dtype), *(table[column].astype(dtype) for table in tables)])
+                for name, column, dtype in (
+                    ("order", "order", np.uint64),
+                    ("lengths", "length", np.int64),
+                    ("text_bytes", "text_bytes", np.int64),
+                )
             }
-            for fate in (TRAIN, HELDOUT)
-        }
+        return result
 
     def shards_of(self, documents: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Counts, and where each shard begins in the order: a shard ends after `shard_tokens`."""
@@ -669,21 +684,22 @@ class ShardWriter(PipelineStep):
         values = task.values
         header = ShardHeader(**{**vars(self.header), "source": values["source"], "split": values["split"]})
         fate = FATES.index(values["split"])
+        allow_open_files()
         found: list[np.ndarray] = []
         tokens: list[np.ndarray] = []
+        span = np.array([values["from"], values["to"]], np.uint64)
+        dtype = token_dtype(header.vocab_size)
         for number, key in enumerate(values["pieces"]):
-            folder = task_folder(self.work, "tokens", key)
-            table = np.load(folder / "table.npz")
-            order = np.where(table["fate"] == fate, table["order"], 0)
-            chosen = np.flatnonzero(
-                (table["fate"] == fate) & (order >= np.uint64(values["from"])) & (order <= np.uint64(values["to"]))
+            table = open_table(self.work, key, fate)
+            begin, end = (
+                np.searchsorted(table["order"], span[0]),
+                np.searchsorted(table["order"], span[1], side="right"),
             )
-            columns = [order, table["ids"][:, 0], table["ids"][:, 1], table["starts"], table["lengths"]]
-            rows = np.stack([column[chosen] for column in columns])
-            found.append(np.concatenate([rows, np.full((1, len(chosen)), number, np.uint64)]))
-            size = (folder / "tokens.bin").stat().st_size
-            dtype = token_dtype(header.vocab_size)
-            tokens.append(np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype))
+            rows = [table[name][begin:end] for name in ("order", "id_first", "id_second", "start", "length")]
+            found.append(np.stack([*rows, np.full(end - begin, number, np.uint64)]))
+            # a piece without a document in this shard is not opened
+            path = task_folder(self.work, "tokens", key) / "tokens.bin"
+            tokens.append(np.memmap(path, dtype, "r").view(np.ndarray) if end > begin else np.zeros(0, dtype))
         order, first, second, starts, lengths, pieces = np.concatenate(found, axis=1)
         by = np.lexsort((second, first, order))
 

@@ -1,6 +1,9 @@
 """Shards: written whole, read back across their edges, and refused by name when damaged."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from curation.shards import (
     write_source,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 SEPARATOR_ID = 0
 HEADER = ShardHeader(source="x", split="train", vocab_size=16, separator_id=SEPARATOR_ID, tokenizer_sha256="ab" * 32)
 DOCUMENTS = {
@@ -264,6 +268,20 @@ def is_same_json(a, b):
         return json.loads(a) == json.loads(b)
     except ValueError:
         return False
+
+
+def test_more_shards_are_open_at_once_than_a_process_may_have_files_at_first(tmp_path):
+    documents = ((str(i), [1]) for i in range(120))
+    source = write_source(tmp_path / "data", HEADER, documents, 120, shard_tokens=1)
+    described = {"file": "none", "sha256": HEADER.tokenizer_sha256, "vocab_size": 16, "separator_id": SEPARATOR_ID}
+    write_manifest(tmp_path / "data", {"tokenizer": described, "splits": {"train": {"sources": {"x": source}}}})
+    program = (
+        "import resource; from curation.shards import open_stream\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        f"print(open_stream({str(tmp_path / 'data')!r}, 'train').n_tokens)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "240\n", done.stderr
 
 
 def test_inspect_shows_documents_as_text(data, capsys):
