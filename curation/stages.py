@@ -102,8 +102,8 @@ class Run:
         return {source.name: source for source in self.settings.sources}
 
     def stock(self, step: str) -> str | None:
-        """For keys: the code around datatrove's own step, None where ours runs."""
-        return code_version("stock") if step in self.settings.stock else None
+        """For keys: whose code datatrove's own step is and what is around it, None where ours runs."""
+        return f"{versions()['datatrove']} {code_version('stock')}" if step in self.settings.stock else None
 
     # ---- the tasks; each stage may ask for the results of those before it
 
