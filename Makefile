@@ -8,6 +8,7 @@ RUN ?= runs/demo
 SIZE ?= nano
 STEPS ?= 1600
 ARGS ?=
+CORPUS ?= ../shared/data/corpus
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 PROCESSES ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
@@ -20,11 +21,11 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo curate verify train eval sample export report estimate test test-gpu check format clean
+.PHONY: help setup demo curate plan verify inspect data-report bench-curation train eval sample export report estimate test test-gpu check format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready  ## make .venv and install the pinned packages (again: does nothing)
 
@@ -40,16 +41,38 @@ venv_from_apt = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "py
 	@if [ "$(GPUS)" != 0 ] && command -v nvcc >/dev/null; then set -ex; $(PY) -m pip install --quiet setuptools wheel ninja packaging; $(PY) -m pip install --quiet --no-build-isolation -r requirements-gpu.txt; fi
 	@touch $@
 
+.venv/dev: .venv/ready requirements-dev.txt
+	$(PY) -m pip install --quiet --progress-bar off -r requirements-dev.txt
+	@touch $@
+
+# dolma needs older libraries than ours, and only uv sorts them out in seconds.
+.venv-dolma/ready: .venv/ready
+	$(PY) -m venv .venv-dolma
+	.venv-dolma/bin/python -m pip install --quiet uv
+	.venv-dolma/bin/uv pip install --quiet --python .venv-dolma/bin/python dolma==1.2.1
+	@touch $@
+
 demo: setup  ## the main job on this machine's own text: curate, train, score, sample, report
 	$(MAKE) --no-print-directory curate
 	$(MAKE) --no-print-directory train ARGS='--steps $(STEPS) --eval-every 200 --eval-tokens 60000 --save-every 400 --keep 2 --resume $(ARGS)'
 	$(MAKE) --no-print-directory eval sample report CKPT="$$(ls -d $(RUN)/checkpoints/step_*[0-9] | tail -n 1)"
 
-curate: setup  ## text to token shards: make curate RECIPE=local OUT=data/local
-	$(PY) -m curation.pipeline --recipe $(RECIPE) --out $(OUT) $(CURATE_ARGS)
+CURATE = --recipe $(RECIPE) --out $(OUT) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(MIRROR),--mirror $(MIRROR)) $(if $(INPUT),--input $(INPUT)) $(CURATE_ARGS)
+
+curate: setup  ## text to token shards: make curate RECIPE=eight TOKENS=1B OUT=data/eight1B
+	$(PY) -m curation.pipeline $(CURATE)
+
+plan: setup  ## what a recipe reads, needs and takes, before anything starts: make plan RECIPE=eight TOKENS=1B
+	$(PY) -m curation.pipeline $(CURATE) --plan
 
 verify: setup  ## check every file of a data folder: make verify DATA=data/local
 	$(PY) -m curation.shards verify $(DATA)
+
+inspect: setup  ## documents of a data folder as text: make inspect DATA=data/local INSPECT_ARGS='--source stdlib_docs'
+	$(PY) -m curation.shards inspect $(DATA) $(INSPECT_ARGS)
+
+data-report: setup  ## data card and HTML report of a data folder: make data-report DATA=data/local
+	$(PY) -m curation.report $(DATA)
 
 train: setup  ## train: make train SIZE=nano DATA=data/local RUN=runs/mine ARGS='--steps 100'
 	deepspeed --quiet --num_gpus=$(PROCESSES) train/launch.py --size $(SIZE) --data $(DATA) --run $(RUN) $(ARGS)
@@ -69,24 +92,27 @@ report: setup  ## one page about a run: make report RUN=runs/demo
 estimate: setup  ## what a size needs: make estimate SIZE=6.7B
 	$(PY) launch/estimate.py --size $(SIZE)
 
-test: setup  ## run the tests (about ten minutes on two cores)
+test: .venv/dev  ## run the tests (about ten minutes on two cores)
 	$(PY) -m pytest
 
-test-gpu: setup  ## compare the fused kernels with PyTorch on this machine's GPU
+test-gpu: .venv/dev  ## compare the fused kernels with PyTorch on this machine's GPU
 	$(PY) -m pytest --gpu tests/test_gpu.py
 
-check: setup  ## lint, types, tests
+bench-curation: .venv/dev .venv-dolma/ready  ## every step against datatrove's (and dolma's) own: make bench-curation CORPUS=../shared/data/corpus
+	$(PY) -m curation.contests --corpus $(CORPUS) $(BENCH_ARGS)
+
+check: .venv/dev  ## lint, types, tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pytest
 
-format: setup  ## format the code
+format: .venv/dev  ## format the code
 	$(PY) -m ruff check --fix --quiet .
 	$(PY) -m ruff format --quiet .
 
 clean:  ## delete .venv and caches; data/ and runs/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-dolma .pytest_cache .ruff_cache .mypy_cache
 
 .PHONY: need-CKPT
 need-CKPT:

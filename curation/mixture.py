@@ -1,23 +1,17 @@
 """How many tokens each source gives: budgets, weights and epochs, and the cut of a source down to its budget.
 
-    python -m curation.mixture data/eight      # the mixture of a finished folder, and the flags that train on it
-
 A source gives its budget. One that has more is cut: the documents that stay are those with the lowest hash of their
 text, so they do not depend on the order of anything, and a smaller budget keeps a part of what a larger one keeps. One
 that has less is repeated, up to its cap; where even that is too little the run fails, or the others take up the rest
-in proportion to their budgets, as far as their own caps go, and a message says so.
+in proportion to their budgets, as far as their own caps go, and a message says so. What comes out goes into the
+manifest; training takes it up with --mixture recipe.
 """
 
-import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-
-from curation.shards import read_manifest
 
 SHARE_TOLERANCE = 0.001  # how far a share may be off what was planned before a message says so
 HIGHEST = np.uint64((1 << 64) - 1)
@@ -198,43 +192,3 @@ def settle(mixture: Mixture, taken: Mapping[str, int]) -> dict[str, Any]:
                 f"{source} has {weight:.2%} of the mixture, planned were {share.weight:.2%}: too few documents"
             )
     return {"mixture": entries, "messages": lines}
-
-
-def train_flags(manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """The values of train's --mixture and --max-epochs for a folder with this manifest.
-
-    Caps have a thousandth to spare: a run over all of a source draws whole sequences by rounded weights.
-    """
-    entries = manifest["mixture"]
-    weights = ",".join(f"{source}={entry['weight']:.9f}" for source, entry in entries.items())
-    caps = ",".join(f"{source}={entry['max_epochs'] * (1 + SHARE_TOLERANCE):g}" for source, entry in entries.items())
-    return weights, caps
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m curation.mixture",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", type=Path, help="a data folder, such as data/eight")
-    flags = parser.parse_args(argv)
-    try:
-        manifest = read_manifest(flags.folder)
-        if not manifest.get("mixture"):
-            raise ValueError(f"{flags.folder} has no mixture in its manifest: it was made without token budgets")
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for source, entry in manifest["mixture"].items():
-        print(f"{source:<24} {entry['tokens']:>16,} tokens  {entry['weight']:>8.4%}  {entry['epochs']:.3f} epochs")
-    for line in manifest.get("messages", []):
-        print(line)
-    weights, caps = train_flags(manifest)
-    print(f'--mixture "{weights}" --max-epochs "{caps}"')
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

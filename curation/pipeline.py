@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from curation.recipe import RECIPES, Settings, tokens_of
 from curation.shards import MANIFEST, new_file, read_manifest
 
 
-def curate(settings: Settings, out: Path, n_workers: int, mirror: Path | None, update: bool, on_ray: bool) -> None:
+def curate(
+    settings: Settings, out: Path, n_workers: int, mirror: Path | None, update: bool, prune: bool, on_ray: bool
+) -> None:
     """Make the data folder `out`, go on making it, or say that it is complete.
 
     Raises ValueError when it was made from something else and `update` is not given, or is something else.
@@ -40,7 +43,7 @@ def curate(settings: Settings, out: Path, n_workers: int, mirror: Path | None, u
         if not update:
             refuse_other_settings(manifest, settings.resolved(), out)
     from curation.executors import Share, run_local, run_ray  # datatrove loads only when there is work
-    from curation.stages import Run, build, only_writer
+    from curation.stages import Run, build, only_writer, unused_folders
     from curation.workers import worker_processes
 
     os.environ.setdefault("HF_HUB_OFFLINE", "0" if uses_hub(settings, mirror) else "1")
@@ -54,7 +57,13 @@ def curate(settings: Settings, out: Path, n_workers: int, mirror: Path | None, u
                 manifest = build(run, out, lambda stage: run_local(stage, work, Share(), workers))
     print_funnel(manifest)
     print(f"{out} is complete; check it with: python -m curation.shards verify {out}")
-    print(f"{work} keeps what is done ({folder_mb(work):,.0f} MB), for --update; remove it to have the room")
+    unused = unused_folders(run)
+    for folder in unused if prune else []:
+        shutil.rmtree(folder)
+    size, other = folder_mb([work]), folder_mb(unused)
+    print(f"{work} keeps what is done ({size:,.0f} MB), for --update; remove it to have the room")
+    if other and not prune:
+        print(f"{other:,.0f} MB of that are of other settings, files or code: --prune removes them")
 
 
 def uses_hub(settings: Settings, mirror: Path | None) -> bool:
@@ -66,8 +75,9 @@ def new_settings_file(work: Path, settings: Settings) -> None:
         file.write(json.dumps(settings.resolved(), indent=1).encode())
 
 
-def folder_mb(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+def folder_mb(folders: list[Path]) -> float:
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files) / 1e6
 
 
 def refuse_other_settings(manifest: dict[str, Any], resolved: dict[str, Any], out: Path) -> None:
@@ -219,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--stock", default="", help="steps that datatrove's own do instead of ours: filters")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it")
     add("--update", action="store_true", help="make a finished folder again as far as settings or files have changed")
+    add("--prune", action="store_true", help="remove what the work folder has of other settings, files and code")
     add("--executor", choices=("local", "ray"), default="local", help="where tasks run (default: local)")
     add("--stage", help="do one stage only, or a --share of it")
     add("--share", default="0/1", help="with --stage, i/n: every n-th task from the i-th, the rest on other hosts")
@@ -263,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         elif flags.stage is not None:
             do_share(settings, out, flags.workers, flags.mirror, flags.stage, flags.share)
         else:
-            curate(settings, out, flags.workers, flags.mirror, flags.update, flags.executor == "ray")
+            curate(settings, out, flags.workers, flags.mirror, flags.update, flags.prune, flags.executor == "ray")
     except (ValueError, OSError, RuntimeError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC
         hint = f"; make room for {flags.out} and run the same command to go on" if full else ""

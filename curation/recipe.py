@@ -26,6 +26,7 @@ from curation.filters import (
     Rule,
     Shorten,
     Url,
+    language_model_file,
 )
 from curation.quality import Quality
 from curation.shards import file_sha256
@@ -254,6 +255,8 @@ class Settings:
         for name in FILES:
             if (path := getattr(self, name)) is not None and not Path(path).is_file():
                 raise ValueError(f"--{name.replace('_', '-')} {path} is not a file")
+        if any(isinstance(rule, Language) for source in recipe.sources for rule in recipe.rules[source.kind]):
+            language_model_file(self.language_model)  # which raises: no document can be judged without
         if self.min_language_score is not None and not WEB_KINDS & {source.kind for source in recipe.sources}:
             raise ValueError(f"--min-language-score has no effect: recipe {self.recipe} has no web pages")
         if unknown := set(self.stock) - {"filters"}:
@@ -364,6 +367,8 @@ def source_values(source: Source) -> dict[str, Any]:
 def rule_values(rule: Rule | Rewrite) -> dict[str, Any]:
     """Name and thresholds; of fields that name a file (`..._file`) what is in it, not where it is."""
     fields = asdict(rule)
+    if isinstance(rule, Language):
+        fields["model_file"] = language_model_file(rule.model_file)
     for name in fields:
         if name.endswith("_file") and fields[name] is not None:
             fields[name] = content_of(fields[name])

@@ -506,7 +506,7 @@ def verify(folder: Path, n_threads: int) -> None:
             for number, shard in enumerate(open_shards(folder, manifest, split, source)):
                 if problem := shard_problem(shard):
                     raise ValueError(f"{folder}/{split}/{source}, shard {number}: {problem}; make the folder again")
-    streams = [open_stream(folder, split) for split in SPLITS]
+    streams = [open_stream(folder, split) for split in SPLITS if manifest["splits"][split]["sources"]]
     held = ", ".join(f"{s.split} {s.n_tokens:,} tokens in {s.n_documents:,} documents" for s in streams)
     print(f"{folder} is whole: {len(names)} files, {held}")
 

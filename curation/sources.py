@@ -346,13 +346,6 @@ def split_piece(piece: Piece) -> tuple[Piece, Piece] | None:
     return replace(piece, parts=(first,)), replace(piece, parts=(second,))
 
 
-def read_documents(source: Source, file: InputFile) -> Iterable[Any]:
-    """The documents of one whole file, see readers.py."""
-    from curation.readers import read_whole
-
-    return read_whole(source, file)
-
-
 # ---- the lists: of two duplicates, the one from the earlier source of a recipe is kept
 
 MACHINE_LICENCE = "as the packages of this machine say, mostly free software; the data folder is for this machine"

@@ -397,6 +397,21 @@ def run_share(run: Run, name: str, share: Share, workers: list[Worker]) -> None:
     say(name, f"share {share.index} of {share.of} is done", started)
 
 
+def unused_folders(run: Run) -> list[Path]:
+    """Finished tasks in the work folder that this run has no use for: of other settings, files or code."""
+    tasks = {
+        "read": [task for of_source in run.read_tasks.values() for task in of_source],
+        "duplicates": [run.duplicates_task],
+        "tokenizer": [run.tokenizer_task] if run.settings.tokenizer is None else [],
+        "tokens": [task for of_source in run.token_tasks.values() for task in of_source],
+        "mixture": [run.mixture_task],
+        "shards": [task for of_source in run.shard_tasks.values() for task in of_source],
+        "texts": [run.texts_task],
+    }
+    used = {task_folder(run.work, name, task.key) for name, of_stage in tasks.items() for task in of_stage}
+    return [path for name in NAMES for path in sorted((run.work / name).glob("*")) if path not in used]
+
+
 # ---- publishing
 
 NOTHING = {"documents": 0, "tokens": 0, "text_bytes": 0}

@@ -160,6 +160,10 @@ class PieceReader(BaseReader):
         progress = Progress()
         piece = piece_of(task.values["piece"])
         for raw in read_piece(self.source, piece, attempts.smaller(BATCH_ROWS)):
+            if raw.problem == "network":  # nothing is wrong with the input: the piece is read again later
+                raise ConnectionError(
+                    f"{task.values['name']} could not be read: the network or the Hub did not answer"
+                )
             n_bytes = len(raw.text.encode())
             self.ledger.documents_in += 1
             self.ledger.text_bytes_in += n_bytes
@@ -335,7 +339,7 @@ class DecideFates(PipelineStep):
 
         sizes_of = [np.bincount(fates[of_source == n], sizes[of_source == n], 4) for n in range(len(self.sources))]
         counts_of = [np.bincount(fates[of_source == n], minlength=4) for n in range(len(self.sources))]
-        clusters = np.bincount(np.unique(stays[duplicate], return_counts=True)[1] + 1) if duplicate.any() else []
+        clusters: Any = np.bincount(np.unique(stays[duplicate], return_counts=True)[1] + 1) if duplicate.any() else []
         edges = np.cumsum([0, *counts])
         with committed(task_folder(self.work, "duplicates", task.key)) as folder:
             hashes = {}

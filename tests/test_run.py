@@ -223,7 +223,7 @@ def test_bad_input_gets_one_line_and_exit_code_2_from_two_processes(tmp_path):
 
 def test_damaged_shard_is_refused_by_name(data, tmp_path):
     folder = shutil.copytree(data, tmp_path / "damaged")
-    shard = folder / "train/two-00000.npy"
+    shard = folder / "train/two-00000.safetensors"
     content = bytearray(shard.read_bytes())
     content[1000] ^= 1
     shard.write_bytes(content)

@@ -176,6 +176,11 @@ def test_added_and_removed_files_and_changed_options_do_again_what_they_change(t
     counts = stage_counts(before, tasks_done(out))
     assert (counts["read"], counts["duplicates"], counts["tokenizer"]) == (0, 0, 1) and counts["tokens"] > 0
 
+    assert curate(folder, out, "--update", "--prune") == first
+    fresh = tmp_path / "again"
+    curate(folder, fresh)
+    assert {p.relative_to(out) for p in tasks_done(out)} == {p.relative_to(fresh) for p in tasks_done(fresh)}
+
 
 def test_running_again_does_nothing_in_under_two_seconds(texts, whole):
     before = {path: path.stat().st_mtime_ns for path in whole[1].rglob("*")}
@@ -242,6 +247,27 @@ def test_task_that_kills_every_process_ends_the_run_with_one_line(tmp_path, monk
     with died as caught, worker_processes(1, tmp_path) as processes:
         workers.run_jobs(processes, tmp_path, [job], "read")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("n_failures", [2, 3])
+def test_task_without_network_is_tried_again_after_the_others(tmp_path, monkeypatch, n_failures):
+    (tmp_path / "offline_step.py").write_text(
+        "def step(data, rank, world_size):\n"
+        f"    with open({str(tmp_path / 'tried')!r}, 'a+') as file:\n"
+        "        file.write(str(rank))\n        file.seek(0)\n        tries = file.read().count('0')\n"
+        f"    if rank == 0 and tries <= {n_failures}:\n        raise ConnectionError('piece 0: no network')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    step = importlib.reload(importlib.import_module("offline_step")).step
+    executor = LocalPipelineExecutor([step], tasks=3, logging_dir=str(tmp_path / "log"), skip_completed=False)
+    jobs = [workers.Job(executor=executor, rank=i, task=workers.Task(key=str(i) * 64, size_bytes=1)) for i in range(3)]
+    with worker_processes(1, tmp_path) as processes:
+        if n_failures == 3:
+            with pytest.raises(ConnectionError, match="piece 0: no network"):
+                workers.run_jobs(processes, tmp_path, jobs, "read")
+        else:
+            workers.run_jobs(processes, tmp_path, jobs, "read")
+    assert (tmp_path / "tried").read_text() == {2: "01200", 3: "01200"}[n_failures]
 
 
 def test_after_a_death_less_is_read_at_once(tmp_path):

@@ -12,7 +12,17 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Library
 
 from curation.merges import BYTE_OF, CUT, DIGITS_GPT_2, GPT_2, NORMAL, SPLITS, TRICKY, run_merges
-from curation.tokenizer import PART_CHARS, SEPARATOR, Tokenizer, load_tokenizer, main, sentences, train_tokenizer
+from curation.tokenizer import (
+    MAX_PART_CHARS,
+    PART_CHARS,
+    SEPARATOR,
+    Tokenizer,
+    load_tokenizer,
+    main,
+    parts,
+    sentences,
+    train_tokenizer,
+)
 
 LINES = [
     "def forward(self, x):",
@@ -151,6 +161,14 @@ def test_vocabulary_whose_pieces_reach_over_words_is_left_to_sentencepiece(tmp_p
     text = "".join(TEXTS) * 20
     assert len(text) > PART_CHARS
     assert tokenizer.encode(text) == library.encode(text)
+
+
+def test_check_takes_both_kinds(tokenizer, tmp_path, capsys):
+    folder = train_json(tmp_path / "checked", "gpt-2")
+    for path in (tokenizer.path, folder / "tokenizer.json"):
+        assert main(["check", str(path)]) == 0
+        assert capsys.readouterr().out == f"{path}: the same ids as its library\n"
+    assert main(["check", str(tmp_path / "none.json")]) == 2
 
 
 # ---- tokenizer.json
@@ -326,12 +344,26 @@ def test_long_text_is_encoded_in_parts_with_the_same_ids(tokenizer, from_json):
     assert from_json[0].encode(text) == library.encode(text, add_special_tokens=False).ids
 
 
-def test_every_sure_place_is_a_place_where_the_splits_cut(from_json):
-    tokenizer, _ = from_json
-    for text in TEXTS + TRICKY:
-        for cut in CUT.finditer(text):
-            left, right = text[: cut.end()], text[cut.end() :]
-            assert tokenizer.encode(left) + tokenizer.encode(right) == tokenizer.encode(text)
+@pytest.mark.parametrize(
+    "scraps", [["1.5", "22", "\n", ", ", "7e"], ["-", "=", " ", "\n", "\u2603", " \u0301"], LINES]
+)
+def test_every_sure_place_is_a_place_where_the_splits_cut(tokenizer, from_json, scraps):
+    draw = random.Random(2)
+    texts = TRICKY + ["".join(draw.choices([*scraps, *TRICKY[1:8]], k=20)) for _ in range(20)]
+    for one in (tokenizer, from_json[0]):
+        for text in texts:
+            ids = one.encode(text)
+            for cut in list(CUT.finditer(text))[:30]:
+                assert one.encode(text[: cut.end()]) + one.encode(text[cut.end() :]) == ids
+
+
+def test_text_without_a_place_to_cut_is_refused(tokenizer):
+    for text in ("a" * (MAX_PART_CHARS + 1), "a b" * PART_CHARS + "-" * (MAX_PART_CHARS + PART_CHARS)):
+        with pytest.raises(ValueError, match="no place to cut in 2,097,152 characters"):
+            tokenizer.encode(text)
+    text = "a b" * PART_CHARS + "-" * PART_CHARS
+    assert "".join(parts(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_run_of_spaces_too_long_for_tiktoken_is_encoded(from_json):

@@ -33,7 +33,7 @@ class TrainConfig:
     rope_scaling: str | None = option(None, help="linear, ntk or yarn: stretch the rotary positions by --seq-len / the size's own (default: as the size is)")
     data: str = option(help="a data folder, made by curation.pipeline; or stream:RECIPE.json, to read Hugging Face datasets as they stream (train/stream.py)")
     tokenizer: str | None = option(None, help="with --data stream:...: a tokenizer.model, or the folder that holds it (default: the data folder's own)")
-    mixture: str | None = option(None, help="weights by source, such as code=0.5,docs=0.3,web=0.2; other sources are left out (default: every source, in proportion to its tokens)")
+    mixture: str | None = option(None, help="weights by source, such as code=0.5,docs=0.3,web=0.2, or `recipe`: as the data was curated for; other sources are left out (default: every source, in proportion to its tokens)")
     max_epochs: str | None = option(None, help="with --mixture: how often a source may be repeated at most, such as code=4,docs=1.5 (default: as often as its weight takes)")
     run: str | None = option(None, help="the run's folder (default: runs/ and the preset's or the size's name)")
     steps: int | None = option(None, least=1, help="optimizer steps; the length of the learning-rate schedule (default: one pass over the data)")

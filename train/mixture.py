@@ -1,6 +1,7 @@
 """Which source gives which sample: weights and epoch caps by source, and where a sample's tokens begin.
 
     --mixture "code=0.5,docs=0.3,web=0.2" --max-epochs "code=4"
+    --mixture recipe                                                what the data folder was curated for
 
 Each source is cut into sequences of its own, so that no sample crosses from one source into another, and is shuffled
 anew each epoch. The sample at a position is a function of (seed, mixture, position) alone (train/order.py); the order
@@ -15,6 +16,8 @@ import numpy as np
 from curation.shards import TokenStream
 from train.order import deal, dealt, shuffled
 
+RECIPE = "recipe"  # in the place of weights: those of the data folder's manifest
+CAP_SLACK = 1.001  # a run over all of a source draws whole sequences by rounded weights
 PARTS = 1_000_000  # weights are whole parts of a million, so that a share is exact arithmetic
 
 
@@ -36,13 +39,22 @@ class Mixture:
         return f"mixture: {shares}; the weights given add up to {self.given_total:g} and were normalised"
 
 
-def read_mixture(mixture: str | None, max_epochs: str | None = None) -> Mixture | None:
-    """The flags --mixture and --max-epochs as a Mixture; None without a mixture. ValueError in one line."""
+def read_mixture(mixture: str | None, max_epochs: str | None = None, manifest: dict | None = None) -> Mixture | None:
+    """The flags --mixture and --max-epochs as a Mixture; None without a mixture. ValueError in one line.
+
+    manifest: of the data folder; --mixture recipe takes the weights and epoch caps that it was curated for.
+    """
     if mixture is None:
         if max_epochs is not None:
             raise ValueError(f"--max-epochs {max_epochs!r} needs --mixture, which names the sources and their weights")
         return None
-    given, caps = _pairs("--mixture", mixture), _pairs("--max-epochs", max_epochs or "")
+    given, caps = _pairs("--mixture", mixture) if mixture != RECIPE else {}, _pairs("--max-epochs", max_epochs or "")
+    if mixture == RECIPE:
+        entries = (manifest or {}).get("mixture")
+        if not entries:
+            raise ValueError("--mixture recipe: the data was curated without token budgets; give source=weight pairs")
+        given = {source: entry["weight"] for source, entry in entries.items()}
+        caps = {source: entry["max_epochs"] * CAP_SLACK for source, entry in entries.items()} | caps
     if not given:
         raise ValueError("--mixture is empty; expected source=weight pairs such as code=0.5,docs=0.5")
     if unknown := sorted(caps.keys() - given.keys()):

@@ -31,7 +31,7 @@ class FolderData:
     """The training split of a data folder: as one stream, or by --mixture."""
 
     def __init__(self, config, manifest):
-        self.seed, self.mixture = config.seed, read_mixture(config.mixture, config.max_epochs)
+        self.seed, self.mixture = config.seed, read_mixture(config.mixture, config.max_epochs, manifest)
         self.stream = open_stream(config.data, "train", self.mixture and self.mixture.sources)
         self.heldout, self.sha256 = config.data, manifest_sha256(config.data)
         self.tokenizer_file = Path(config.data) / manifest["tokenizer"]["file"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from curation.contest import Contest, measure
+from curation.contests.measure import Contest, measure
 from curation.decontaminate import read_rows
 from curation.quality import Quality, evaluate, features_of, read_labelled, score_of, train, train_model
 

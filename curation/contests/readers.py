@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from curation.contest import Contest, Measured, measure
+from curation.contests.measure import Contest, Measured, measure
 from curation.filters import GopherQuality, GopherRepetition
 from curation.readers import read_piece
 from curation.sources import MB, OWN, list_files, make_pieces

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from curation.contest import Contest, Measured, measure
+from curation.contests.measure import Contest, Measured, measure
 from curation.dedup import (
     Clusters,
     band_pairs,

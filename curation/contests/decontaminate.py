@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from curation.contest import Contest, measure
+from curation.contests.measure import Contest, measure
 from curation.decontaminate import Decontaminate, Item, build_index, read_items, read_rows
 
 SUITES = ("evals", "medqa", "wikitext-2")

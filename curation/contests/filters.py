@@ -1,7 +1,6 @@
 """The rules on real text against datatrove's filters: documents per CPU second, and decisions alike, rule by rule.
 
-dolma, which needs older libraries, is a peer where it has an environment of its own:
-python3.11 -m venv .venv-dolma && .venv-dolma/bin/pip install dolma==1.2.1
+dolma, which needs older libraries, is a peer where it has an environment of its own (make .venv-dolma/ready).
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from typing import Any
 import zstandard
 
 from curation.audit import STOCK
-from curation.contest import Contest, Measured, measure
+from curation.contests.measure import Contest, Measured, measure
 from curation.filters import (
     FINEWEB,
     C4Lines,
@@ -44,7 +43,7 @@ PEER = f"datatrove {version('datatrove')}"
 ONE_EXAMPLE = PersonalData(mails=("email@example.com",), ips=("192.0.2.1",))
 
 GOPHER_AND_C4 = (GopherRepetition(), GopherQuality(), C4Lines(), C4Quality())
-DOLMA = Path(__file__).parent.parent / ".venv-dolma" / "bin" / "python"
+DOLMA = Path(__file__).parents[2] / ".venv-dolma/bin/python"
 # dolma gives every document scores; so all rules are asked here, whatever the first one says.
 DOLMA_RUN = """
 import json, sys, time
