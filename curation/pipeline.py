@@ -139,7 +139,8 @@ def print_funnel(manifest: dict[str, Any]) -> None:
         documents, n_bytes = (sum(count[unit] for count in by_source.values()) for unit in ("documents", "text_bytes"))
         shares = ", ".join(f"{name} {count['documents']:,}" for name, count in by_source.items())
         table.add_row(rule, f"{documents:,}", shown(n_bytes, "text_bytes"), shares)
-    console.print(table)
+    if counts:
+        console.print(table)
 
     train, heldout = manifest["splits"]["train"], manifest["splits"]["heldout"]
     items = ", ".join(f"{task['items']} {name}" for name, task in manifest["tasks"].items())

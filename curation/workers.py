@@ -23,6 +23,7 @@ DEATHS = 6  # of processes over one task, until the run gives up
 UNREACHED = 3  # times that a task finds no network, until the run gives up
 HANGING_S = 600.0  # at one document, until its process is killed
 WATCH_S = 0.5
+LINE_S = 60.0  # between two lines of progress where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def run_task(executor: LocalPipelineExecutor, rank: int) -> None:
 
 
 def run_jobs(workers: Sequence[Worker], work: Path, jobs: Sequence[Job], label: str) -> None:
-    """Run the jobs in this order, with a progress bar on a terminal.
+    """Run the jobs in this order, with a progress bar on a terminal, elsewhere with a line of it every minute.
 
     A task whose process died is tried again, smaller, and without the document that two died over (work.Attempts); one
     that found no network is tried again after all others. What else a task raises ends the run. Raises
@@ -87,7 +88,11 @@ def run_jobs(workers: Sequence[Worker], work: Path, jobs: Sequence[Job], label: 
     done = documents = tokens = 0
     unreached: Counter[str] = Counter()
     total = sum(job.task.size_bytes for job in jobs)
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    with ExitStack() as stack:
+        is_terminal = sys.stderr.isatty()
+        screen = sys.stderr if is_terminal else stack.enter_context(open(os.devnull, "w"))
+        bar = stack.enter_context(tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, file=screen))
+        said_at = time.monotonic()
         while waiting or running:
             for worker in workers:
                 if worker.job is None and waiting:
@@ -129,6 +134,9 @@ def run_jobs(workers: Sequence[Worker], work: Path, jobs: Sequence[Job], label: 
             if n_tokens := tokens + sum(counts[2] for counts in now):
                 counted["tokens"] = f"{n_tokens:,}"
             bar.set_postfix(counted)
+            if not is_terminal and time.monotonic() - said_at > LINE_S:
+                print(bar, file=sys.stderr, flush=True)
+                said_at = time.monotonic()
 
 
 @contextmanager

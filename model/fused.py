@@ -287,16 +287,14 @@ def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
 def cross_entropy(hidden, weight, targets, z_loss=0.0):
     """See model/reference.py. The logits exist for CHUNK_TOKENS tokens at a time and in hidden's dtype alone.
 
-    Their gradient is written over them and multiplied out at once, in the forward pass. ValueError for a z_loss.
+    Their gradient is written over them and multiplied out at once, in the forward pass.
     """
-    if z_loss:
-        raise ValueError(f"--z-loss {z_loss} is not in the fused kernels; take it out, or run with --kernels torch")
-    return CrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
+    return CrossEntropy.apply(hidden, weight, targets, z_loss, torch.is_grad_enabled())
 
 
 class CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, with_gradients):
+    def forward(ctx, hidden, weight, targets, z_loss, with_gradients):
         losses = torch.empty(len(targets), device=hidden.device, dtype=torch.float32)
         if with_gradients:
             dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
@@ -305,7 +303,7 @@ class CrossEntropy(torch.autograd.Function):
             logits = F.linear(hidden[rows], weight)
             with torch.cuda.device(hidden.device):
                 _cross_entropy_kernel[(len(logits),)](
-                    logits, targets[rows], losses[rows], logits.shape[1], logits.stride(0), IGNORED_TARGET,
+                    logits, targets[rows], losses[rows], logits.shape[1], logits.stride(0), IGNORED_TARGET, z_loss,
                     WITH_GRADIENTS=with_gradients, BLOCK=4096, num_warps=8,
                 )  # fmt: skip
             if with_gradients:
@@ -321,14 +319,25 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         dhidden, dweight, count = ctx.saved_tensors
         each = dloss / count
-        return dhidden * each.to(dhidden.dtype), dweight * each.to(dweight.dtype), None, None
+        return dhidden * each.to(dhidden.dtype), dweight * each.to(dweight.dtype), None, None, None
 
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr, targets_ptr, losses_ptr, vocab, stride, ignored, WITH_GRADIENTS: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr,
+    targets_ptr,
+    losses_ptr,
+    vocab,
+    stride,
+    ignored,
+    z_loss,
+    WITH_GRADIENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """A row: its loss, and in place of its logits their gradient, softmax - one at the target (all 0 if ignored)."""
+    """A row: its loss, and in place of its logits their gradient (all 0 if ignored).
+
+    The gradient is softmax - one at the target, and of z_loss's term, z_loss log_total^2, 2 z_loss log_total softmax.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     target = tl.load(targets_ptr + row)
@@ -343,10 +352,10 @@ def _cross_entropy_kernel(
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher))
         highest = higher
     log_total = highest + tl.log(total)
-    tl.store(losses_ptr + row, tl.where(counts, log_total - at_target, 0.0))
+    tl.store(losses_ptr + row, tl.where(counts, log_total - at_target + z_loss * log_total * log_total, 0.0))
     if WITH_GRADIENTS:
         for start in range(0, vocab, BLOCK):
             column = start + columns
             x = tl.load(logits_ptr + column, mask=column < vocab, other=-float("inf")).to(tl.float32)
-            gradient = tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)
+            gradient = tl.exp(x - log_total) * (1.0 + 2.0 * z_loss * log_total) - tl.where(column == target, 1.0, 0.0)
             tl.store(logits_ptr + column, tl.where(counts, gradient, 0.0), mask=column < vocab)

@@ -13,7 +13,7 @@ from train.checkpoint import delete_old
 from train.data import n_sequences, read_rows, read_sequences, sequence_indices, training_batches
 from train.mixture import PARTS, check_epochs, mixture_starts, read_mixture, source_sequences
 from train.order import deal, dealt
-from train.run_dir import RunDir, note_best, read_json
+from train.run_dir import RunDir, heldout_losses, note_best, read_json
 
 WEIGHTS = {
     "two": [500_000, 500_000],
@@ -222,25 +222,25 @@ def names(run_dir):
 
 def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
     run_dir = run_with(tmp_path / "run", {10: 3.0, 20: 2.0, 30: None, 40: 2.5, 50: 2.2, 60: float("nan")})
-    delete_old(run_dir, 2)
+    delete_old(run_dir, 2, heldout_losses(run_dir))
     assert names(run_dir) == [20, 50, 60]
     assert read_json(run_dir.best) == {"checkpoint": "step_0000020", "heldout_loss": 2.0}
-    delete_old(run_dir, 1)
+    delete_old(run_dir, 1, heldout_losses(run_dir))
     assert names(run_dir) == [20, 60]
 
 
 def test_a_better_one_takes_its_place_and_the_earlier_goes(tmp_path):
     run_dir = run_with(tmp_path / "run", {10: 2.0, 20: 3.0, 30: 1.5, 40: 1.8})
-    delete_old(run_dir, 1)
+    delete_old(run_dir, 1, heldout_losses(run_dir))
     assert names(run_dir) == [30, 40]
     assert read_json(run_dir.best)["checkpoint"] == "step_0000030"
 
 
 def test_a_best_beyond_the_step_that_a_run_goes_on_from_is_forgotten(tmp_path):
     run_dir = run_with(tmp_path / "run", {10: 3.0, 20: 2.0})
-    assert note_best(run_dir) == "step_0000020"
+    assert note_best(run_dir, heldout_losses(run_dir)) == "step_0000020"
     run_dir.metrics.write_text(json.dumps({"step": 10, "loss": 1.0, "heldout_loss": 3.0}) + "\n")  # as cut_metrics
-    assert note_best(run_dir) == "step_0000010"
+    assert note_best(run_dir, heldout_losses(run_dir)) == "step_0000010"
     run_dir.metrics.write_text("")
-    assert note_best(run_dir) is None
+    assert note_best(run_dir, heldout_losses(run_dir)) is None
     assert not run_dir.best.exists()

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from random_models import SHAPE, random_tokens, sharpened
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -20,7 +21,6 @@ from model.config import PRESETS
 from model.generate import Sampling, generate, generate_batch, prefill, probabilities
 from model.hybrid import HybridLM
 
-SHAPE = PRESETS["tiny"]  # chunks of 16
 SHAPES = {
     "mamba": dict(layer_pattern="MM", n_groups=2),
     "attention": dict(layer_pattern="AA"),
@@ -41,17 +41,7 @@ def model(request):
 
 
 def build(**options):
-    torch.manual_seed(0)
-    model = HybridLM(dataclasses.replace(SHAPE, **options), kernels="torch").eval()
-    with torch.no_grad():  # larger than at the start, so that a difference would show
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    return model
-
-
-def random_tokens(b, l, seed=0):
-    return torch.randint(0, SHAPE.vocab_size, (b, l), generator=torch.Generator().manual_seed(seed))
+    return sharpened(dataclasses.replace(SHAPE, **options), kernels="torch").eval()
 
 
 @torch.no_grad()

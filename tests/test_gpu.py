@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.hybrid import HybridLM
 from model.layers import Packing
 from model.ops import load_ops
+from train.optim import AdamW8bit
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: products repeat themselves
 
@@ -173,13 +174,14 @@ def test_attention_equals_its_twin(fused, l, dtype, packed):
 @pytest.mark.parametrize("vocab", [512, 50304])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 63, 5000])
-def test_cross_entropy_equals_its_twin(fused, deterministic, t, dtype, vocab):
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_cross_entropy_equals_its_twin(fused, deterministic, t, dtype, vocab, z_loss):
     targets = torch.randint(0, vocab, (t,), generator=torch.Generator().manual_seed(t))
     targets[1::3] = reference.IGNORED_TARGET
     inputs = [draw(t, 64, dtype=torch.bfloat16), draw(vocab, 64, dtype=torch.bfloat16, scale=0.3)]
-    assert_twins(fused, "cross_entropy", inputs, dtype, targets=targets.cuda())
+    assert_twins(fused, "cross_entropy", inputs, dtype, targets=targets.cuda(), z_loss=z_loss)
     with torch.no_grad():
-        got, want = (ops.cross_entropy(*inputs, targets.cuda()) for ops in (fused, reference))
+        got, want = (ops.cross_entropy(*inputs, targets.cuda(), z_loss) for ops in (fused, reference))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=0)  # the same bfloat16 logits, float32 sums
 
 
@@ -191,6 +193,38 @@ def test_cross_entropy_never_holds_the_logits(fused):
     fused.cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets).backward()
     logits = 16384 * 50304 * 4
     assert torch.cuda.max_memory_allocated() - before < logits / 4
+
+
+def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit():
+    pytest.importorskip("bitsandbytes")
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    start = draw(100_003)  # no whole number of blocks, as ZeRO's pieces may be
+    target = draw(100_003, seed=1)
+
+    def optimize(weight, optimizer, first, last):
+        for step in range(first, last):
+            weight.grad = weight.detach() - target + draw(100_003, seed=2 + step)
+            optimizer.step()
+
+    def eight_bit(weight):
+        small = torch.nn.Parameter(torch.zeros(1, device="cuda"))
+        groups = ({"params": [p], "weight_decay": 0.1, "lr": 1e-2} for p in (weight, small))
+        return AdamW8bit(*groups, **settings)
+
+    plain, packed = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimize(plain, torch.optim.AdamW([plain], weight_decay=0.1, **settings), 0, 10)
+    optimizer = eight_bit(packed)
+    optimize(packed, optimizer, 0, 10)
+    assert (packed - plain).norm() < 0.05 * (plain - start).norm()
+
+    again = torch.nn.Parameter(packed.detach().clone())
+    resumed, state = eight_bit(again), optimizer.state[packed]
+    assert state["exp_avg"].codes.dtype == torch.uint8
+    in_float32 = {kind: state[kind].unpack(0, len(start)) for kind in ("exp_avg", "exp_avg_sq")}
+    resumed.state[again] |= {"step": torch.tensor(10.0), **in_float32}  # as train.checkpoint.restore_optimizer does
+    optimize(packed, optimizer, 10, 15)
+    optimize(again, resumed, 10, 15)
+    assert torch.equal(packed, again)
 
 
 # ---- the whole model

@@ -8,15 +8,14 @@ import shutil
 
 import pytest
 import torch
+from random_models import SHAPE, random_tokens, sharpened
 
 from model import reference
-from model.config import PRESETS
 from model.hybrid import HybridLM
 from model.mamba2 import Mamba2
 from model.reference import causal_conv1d, ssd, ssd_recurrence
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65]  # around the edges of chunks of 16
-SHAPE = PRESETS["tiny"]  # chunks of 16
 MIXERS = {
     "mamba": dataclasses.replace(SHAPE, layer_pattern="MM", n_groups=2),
     "attention": dataclasses.replace(SHAPE, layer_pattern="AA"),
@@ -30,17 +29,7 @@ MIXERS = {
 
 @pytest.fixture(params=MIXERS)
 def model(request):
-    torch.manual_seed(0)
-    model = HybridLM(MIXERS[request.param])
-    with torch.no_grad():  # larger than at the start, so that a leak would show
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    return model
-
-
-def random_tokens(b, l, seed=0):
-    return torch.randint(0, SHAPE.vocab_size, (b, l), generator=torch.Generator().manual_seed(seed))
+    return sharpened(MIXERS[request.param])
 
 
 def scan_inputs(l, b=2, h=4, p=8, g=2, n=16):

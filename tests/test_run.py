@@ -81,6 +81,14 @@ def test_run_goes_on_with_another_number_of_processes_and_another_zero_stage(dat
         assert abs(row["grad_norm"] - expected["grad_norm"]) < 1e-5
 
 
+def test_stage_1_in_bf16_goes_on_bit_for_bit(data, tmp_path):
+    """DeepSpeed has an optimizer of its own for this pair, with other maps of the weights."""
+    flags = ["--steps", 4, "--save-every", 2, "--eval-every", 0, "--ds-config", "ds_configs/zero1.json"]
+    unbroken = train(data, tmp_path / "run", *flags)
+    shutil.rmtree(RunDir(tmp_path / "run").checkpoint(4))
+    assert numbers(train(data, tmp_path / "run", *flags, "--resume")) == numbers(unbroken)
+
+
 def test_run_goes_on_in_stage_0_and_from_there(data, whole, half, tmp_path):
     run = shutil.copytree(half, tmp_path / "run")
     train(data, run, "--resume", "--ds-config", "ds_configs/zero0.json", "--stop-after", 9)
@@ -124,6 +132,18 @@ def test_zero_on_two_processes_equals_plain_pytorch(data, whole):
         optimizer.zero_grad()
         assert abs(loss.item() / expected["loss"] - 1) < 1e-5
         assert abs(norm.item() / expected["grad_norm"] - 1) < 1e-4
+
+
+def test_weights_of_another_run_are_where_a_run_may_start(data, whole, tmp_path):
+    checkpoint = RunDir(whole[0]).checkpoint(12)
+    rows = train(data, tmp_path / "run", "--init-from", checkpoint, "--lr", 1e-4, "--stop-after", 2)
+    assert rows[0]["step"] == 1
+    assert rows[0]["loss"] < whole[1][0]["loss"] - 0.1  # it has learnt something
+    result = launch(*FLAGS, "--data", data, "--run", tmp_path / "x", "--size", "nano", "--init-from", checkpoint)
+    assert "is of another shape than --size: it has d_model 32 and not 128" in result.stderr
+    result = launch(*FLAGS, "--data", data, "--run", tmp_path / "x", "--init-from", tmp_path / "nowhere")
+    assert "nowhere does not exist" in result.stderr
+    assert not (tmp_path / "x").exists()
 
 
 def test_only_the_newest_checkpoints_are_kept(data, half, tmp_path):

@@ -22,6 +22,12 @@ def test_wsd_warms_up_stays_level_and_falls_by_the_square_root():
     assert all(a > b for a, b in zip(rates[83:99], rates[84:100], strict=True))
 
 
+def test_wsd_may_fall_in_a_straight_line():
+    p = plan(schedule="wsd", wsd_shape="linear", warmup_steps=10, decay_steps=20, lr=1e-3, min_lr=0.1)
+    assert [learning_rate(step, p) for step in (80, 85, 90, 100)] == pytest.approx([1e-3, 7.75e-4, 5.5e-4, 1e-4])
+    assert plan(schedule="wsd", wsd_shape="1-sqrt").wsd_shape == "1-sqrt"
+
+
 def test_wsd_decays_over_the_last_fifth_by_default():
     assert plan(schedule="wsd").decay_steps == 20
     assert plan(schedule="wsd", steps=3).decay_steps == 1
@@ -45,9 +51,11 @@ def test_muon_takes_the_rate_of_adamw_unless_it_has_its_own():
     [
         ({"schedule": "linear"}, "--schedule 'linear' is unknown; choose one of cosine, wsd"),
         ({"decay_steps": 5}, "--decay-steps acts with --schedule wsd alone"),
+        ({"wsd_shape": "linear"}, "--wsd-shape acts with --schedule wsd alone"),
+        ({"schedule": "wsd", "wsd_shape": "cubic"}, "--wsd-shape 'cubic' is unknown; choose one of 1-sqrt, linear"),
         ({"schedule": "wsd", "decay_steps": 95, "warmup_steps": 10}, "more than the 100 steps"),
         ({"schedule": "wsd", "decay_steps": 0}, "--decay-steps 0 is too small"),
-        ({"optimizer": "sgd"}, "--optimizer 'sgd' is unknown; choose one of adamw, muon"),
+        ({"optimizer": "sgd"}, "--optimizer 'sgd' is unknown; choose one of adamw, adamw8bit, muon"),
         ({"muon_lr": 0.01}, "--muon-lr acts with --optimizer muon alone"),
         ({"muon_momentum": 0.9}, "--muon-momentum acts with --optimizer muon alone"),
         ({"optimizer": "muon", "muon_lr": -1.0}, "--muon-lr -1.0 is out of range"),

@@ -404,6 +404,13 @@ def test_ray_in_its_local_mode_gives_the_same_bytes(texts, whole, tmp_path):
 # ---- the parts
 
 
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "LINE_S", 0.0)
+    curate(texts, tmp_path / "data")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("read:")]
+    assert "documents=135" in lines[-1] and "B/s" in lines[-1] and "100%" in lines[-1]
+
+
 def test_folder_of_a_task_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt), committed(tmp_path / "read/key") as folder:
         (folder / "half").write_text("half")

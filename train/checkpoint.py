@@ -15,17 +15,18 @@ a checkpoint. The folder is written as step_....part and renamed.
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from curation.shards import file_sha256, sync_folder
 from model.weights import FORMAT, MANIFEST, MOMENTS, TOKENIZER, WEIGHT, copy_stretch, load_checkpoint
-from train.optim import Muon, is_muon
+from train.optim import EightBit, Muon, is_muon
 from train.run_dir import note_best, remove_folder, write_json
 
 
@@ -44,8 +45,13 @@ class Piece:
         return self.flat.detach().view(-1)[self.offset : self.offset + self.numel]
 
     def moment(self, optimizer, kind):
-        """This piece of one of the optimizer's moments, as a view; all zeros before the first step."""
+        """This piece of one of the optimizer's moments, as a view; all zeros before the first step.
+
+        Of moments in 8 bits a copy in float32.
+        """
         state = optimizer.state[self.flat]
+        if isinstance(state.get(kind), EightBit):
+            return state[kind].unpack(self.offset, self.offset + self.numel)
         if kind not in state:
             state[kind] = torch.zeros_like(self.flat)
         return state[kind].view(-1)[self.offset : self.offset + self.numel]
@@ -54,6 +60,15 @@ class Piece:
 def torch_optimizer(engine):
     """The torch optimizer inside DeepSpeed's; in stage 0 there is no other."""
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
+def flat_parameters(engine):
+    """This rank's flat float32 parameters, which the torch optimizer steps in ZeRO stages 1 to 3."""
+    if engine.zero_optimization_stage() == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    if isinstance(engine.optimizer, BF16_Optimizer):  # DeepSpeed's choice for stage 1 in bf16
+        return engine.optimizer.fp32_groups_flat_partition
+    return engine.optimizer.single_partition_of_fp32_groups
 
 
 def owned_pieces(engine):
@@ -71,11 +86,11 @@ def owned_pieces(engine):
             start = padded * dist.get_rank()
             numel = min(padded, parameter.ds_numel - start)  # the last shards are padded
             if numel > 0:
-                flat = optimizer.fp32_partitioned_groups_flat[group]
+                flat = flat_parameters(engine)[group]
                 pieces.append(Piece(name, start, numel, flat, offset, parameter.ds_shape))
         elif parameter._hp_mapping is not None:
             mapping = parameter._hp_mapping
-            flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            flat = flat_parameters(engine)[mapping.param_group_index]
             lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
             pieces.append(Piece(name, lp.start, lp.numel, flat, hp.start, parameter.shape))
     return pieces
@@ -90,9 +105,7 @@ def tell_muon(engine):
     """Tell the optimizer, if it is Muon, which matrices its flat parameters hold. All ranks call it, once."""
     optimizer, stage = torch_optimizer(engine), engine.zero_optimization_stage()
     if isinstance(optimizer, Muon) and stage:
-        zero = engine.optimizer
-        flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-        optimizer.shard(flats, owned_pieces(engine), engine.device)
+        optimizer.shard(flat_parameters(engine), owned_pieces(engine), engine.device)
 
 
 def save_checkpoint(engine, folder, *, step, tokens, run, tokenizer):
@@ -168,6 +181,26 @@ def restore_optimizer(engine, checkpoint):
             copy_stretch(target, stored[f"{kind}/{piece.name}"], piece.start)
 
 
+# What may differ between a model and the weights that it starts from: what no weight has learnt.
+MAY_DIFFER = {"seq_len", "chunk_size", "rope_scaling", "rope_factor", "rope_original_seq_len"}
+
+
+def open_weights(path, model_config, tokenizer):
+    """The checkpoint of --init-from, whole and of this shape and tokenizer. Raises ValueError or FileNotFoundError.
+
+    tokenizer: the file that the data was made with.
+    """
+    checkpoint = load_checkpoint(path)
+    theirs, ours = asdict(checkpoint.model_config), asdict(model_config)
+    differ = [f"{key} {theirs[key]} and not {ours[key]}" for key in ours if theirs[key] != ours[key]]
+    differ = [line for line in differ if line.split()[0] not in MAY_DIFFER]
+    if differ:
+        raise ValueError(f"--init-from {path} is of another shape than --size: it has {', '.join(differ)}")
+    if file_sha256(checkpoint.tokenizer_path) != file_sha256(tokenizer):
+        raise ValueError(f"--init-from {path} has another tokenizer than --data: its weights know other token ids")
+    return checkpoint
+
+
 def newest_whole(run_dir, say):
     """The newest checkpoint of a run that is whole, or None; `say` gets a line for each damaged one passed over."""
     for path in reversed(run_dir.checkpoints()):
@@ -178,9 +211,12 @@ def newest_whole(run_dir, say):
     return None
 
 
-def delete_old(run_dir, keep):
-    """Note the best checkpoint, and delete all but it and the newest `keep`; 0 keeps all. Rank 0 alone calls it."""
-    best = note_best(run_dir)
+def delete_old(run_dir, keep, losses):
+    """Note the best checkpoint, and delete all but it and the newest `keep`; 0 keeps all. Rank 0 alone calls it.
+
+    losses: as run_dir.note_best takes them.
+    """
+    best = note_best(run_dir, losses)
     if keep:
         for path in run_dir.checkpoints()[:-keep]:
             if path.name != best:

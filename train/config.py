@@ -12,8 +12,9 @@ from typing import Any, get_args
 
 from model.config import ModelConfig, get_preset
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 SCHEDULES = ("cosine", "wsd")
+WSD_SHAPES = ("1-sqrt", "linear")
 
 
 def option(default=dataclasses.MISSING, *, least=None, help):
@@ -46,14 +47,15 @@ class TrainConfig:
     min_lr: float = option(0.1, help="the last learning rate, as a part of the peak")
     schedule: str = option("cosine", help="after the warm-up: cosine, down to --min-lr over all steps; or wsd, level and then down to --min-lr in the last --decay-steps")
     decay_steps: int | None = option(None, least=1, help="with --schedule wsd: steps of the decay at the end (default: a fifth of the steps)")
+    wsd_shape: str | None = option(None, help="with --schedule wsd: how the rate falls, by one minus the square root of the part done, or linear (default: 1-sqrt)")
     warmup_steps: int | None = option(None, least=0, help="steps of linear warm-up (default: 2000, at most a tenth of the steps)")
     weight_decay: float = option(0.1, least=0, help="AdamW's decoupled decay, on the weight matrices of the layers and the head")
-    optimizer: str = option("adamw", help="adamw; or muon: Muon for the matrices of the layers, AdamW for the rest")
+    optimizer: str = option("adamw", help="adamw; adamw8bit: its moments of the matrices in 8 bits (bitsandbytes, on GPUs); or muon: Muon for the matrices of the layers, AdamW for the rest")
     muon_lr: float | None = option(None, help="with --optimizer muon: peak learning rate of its matrices (default: --lr, since its updates are scaled to AdamW's size)")
     muon_momentum: float | None = option(None, help="with --optimizer muon: decay rate of its mean of the gradients (default: 0.95)")
     beta1: float = option(0.9, help="AdamW's first decay rate")
     beta2: float = option(0.95, help="AdamW's second decay rate")
-    z_loss: float = option(0.0, least=0, help="weight of the square of log Z, the softmax's denominator, in the training loss, which then includes it; 1e-4 is PaLM's; 0 leaves it out; not with the fused kernels")
+    z_loss: float = option(0.0, least=0, help="weight of the square of log Z, the softmax's denominator, in the training loss, which then includes it; 1e-4 is PaLM's; 0 leaves it out")
     clip: float = option(1.0, least=0, help="largest norm of the whole gradient; 0 switches clipping off")
     seed: int = option(1234, least=0, help="of the first weights and of the order of the data")
     ds_config: str | None = option(None, help="a DeepSpeed JSON (default: ds_configs/zero2.json, or cpu.json where there is no GPU)")
@@ -64,6 +66,7 @@ class TrainConfig:
     eval_every: int = option(500, least=0, help="steps between measurements of the held-out loss; 0 leaves them out")
     eval_tokens: int = option(1_000_000, least=0, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
     timeout_minutes: float = option(10.0, least=1, help="minutes that a process waits for another before it fails; make it longer than the slowest save")
+    init_from: str | None = option(None, help="a checkpoint whose weights the run starts from, of another run or of model.import_hf; optimizer, schedule and data begin anew (default: random weights)")
     resume: bool = option(False, help="go on from the run's newest whole checkpoint")
     verify_data: bool = option(True, help="compare the sha256 of every shard with the manifest before training")
     # fmt: on
@@ -167,6 +170,7 @@ class Plan:
     min_lr: float  # as a rate, not as a part
     warmup_steps: int
     decay_steps: int | None = None  # of the wsd schedule's end; None: cosine
+    wsd_shape: str | None = None  # one of WSD_SHAPES; None: the first
     muon_lr: float | None = None  # peak; None: AdamW alone
 
 
@@ -232,6 +236,7 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
         min_lr=lr * config.min_lr,
         warmup_steps=warmup_steps,
         decay_steps=decay_steps,
+        wsd_shape=config.wsd_shape,
         muon_lr=muon_lr,
     )
 
@@ -259,10 +264,13 @@ def _muon_lr(config, lr):
 def _decay_steps(config, steps):
     """Steps of the wsd schedule's decay, or None for cosine. Raises ValueError for flags that do not go together."""
     _one_of("schedule", config.schedule, SCHEDULES)
+    if config.wsd_shape is not None:
+        _one_of("wsd_shape", config.wsd_shape, WSD_SHAPES)
     if config.schedule == "wsd":
         return max(1, steps // 5) if config.decay_steps is None else config.decay_steps
-    if config.decay_steps is not None:
-        raise ValueError(f"--decay-steps acts with --schedule wsd alone, and the schedule is {config.schedule}")
+    for name in ("decay_steps", "wsd_shape"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{flag(name)} acts with --schedule wsd alone, and the schedule is {config.schedule}")
     return None
 
 

@@ -187,6 +187,8 @@ def complete_ds_config(settings, plan, config, world_size=1):
         raise ValueError(
             f"zero_hpz_partition_size {group} does not divide {world_size} processes; make it the GPUs of one node"
         )
+    if config.optimizer == "adamw8bit" and (settings["zero_optimization"].get("offload_optimizer") or {}):
+        raise ValueError("--optimizer adamw8bit steps on the GPU; take offload_optimizer out of --ds-config")
     return {
         **settings,
         "train_micro_batch_size_per_gpu": plan.micro_batch,

@@ -18,12 +18,21 @@ import torch
 import torch.distributed as dist
 
 from model.ops import load_ops
-from train.checkpoint import delete_old, newest_whole, restore_optimizer, save_checkpoint
+from train.checkpoint import delete_old, newest_whole, open_weights, restore_optimizer, save_checkpoint
 from train.config import make_plan
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
 from train.explain import explain
 from train.metrics import Metrics
-from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, note_best, remove_unfinished, write_json
+from train.optim import check_optimizer
+from train.run_dir import (
+    RunDir,
+    check_new_or_resumed,
+    cut_metrics,
+    heldout_losses,
+    note_best,
+    remove_unfinished,
+    write_json,
+)
 from train.schedule import learning_rate
 from train.training_data import open_training_data
 from train.validate import heldout_loss
@@ -52,24 +61,30 @@ def train(config, origins=None, explain_for=None):
         if rank == 0:
             explain(config, origins, plan, ds_config, world_size)
         return
+    check_optimizer(config)
     ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
     record = describe(config, plan, ds_config, world_size, data.sha256) | {"kernels": ops.__name__, "origins": origins}
     run_dir = RunDir(Path(config.run))
     check_new_or_resumed(run_dir, config.resume, record)
+    initial = None
+    if config.init_from and not (config.resume and run_dir.checkpoints()):
+        initial = open_weights(config.init_from, plan.model, data.tokenizer_file)
 
     stop = catch_signals()
     start_processes(rank, world_size, config.timeout_minutes)
     device = deepspeed.get_accelerator().current_device_name()
     checkpoint = newest_whole(run_dir, say=say_on(rank)) if config.resume else None
     start = checkpoint.step if checkpoint else 0
-    engine = make_engine(plan, config, ds_config, weights=checkpoint.tensors() if checkpoint else None)
+    weights = checkpoint or initial
+    engine = make_engine(plan, config, ds_config, weights=weights.tensors() if weights else None)
     if checkpoint:
         restore_optimizer(engine, checkpoint)
     metrics = None
     if rank == 0:
         remove_unfinished(run_dir)
         cut_metrics(run_dir.metrics, start)
-        note_best(run_dir)  # a checkpoint beyond the step that the run goes on from is not the best any more
+        losses = heldout_losses(run_dir)
+        note_best(run_dir, losses)  # a checkpoint beyond the step that the run goes on from is not the best any more
         write_json(run_dir.config, record)
         metrics = Metrics(run_dir.metrics, start + 1, plan.last_step)
         going = f"goes on from step {start}" if start else "starts"
@@ -118,7 +133,9 @@ def train(config, origins=None, explain_for=None):
             )  # fmt: skip
             saved_step = step
             if rank == 0:
-                delete_old(run_dir, config.keep)
+                if "heldout_loss" in row:
+                    losses[run_dir.checkpoint(step).name] = row["heldout_loss"]
+                delete_old(run_dir, config.keep, losses)
         if must_stop:
             break
     if metrics:

@@ -1,4 +1,4 @@
-"""Which parameter is stepped how: AdamW, or Muon for the matrices inside the layers and AdamW for the rest.
+"""Which parameter is stepped how: by AdamW, by AdamW with 8-bit moments, or by Muon (the layers' matrices) and AdamW.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) averages the gradients of a matrix and takes the
 step along the nearest orthogonal matrix, so it needs whole matrices, of which ZeRO gives each process flat pieces.
@@ -6,18 +6,25 @@ DeepSpeed's own Muon orthogonalises before it clips, which scales the finished u
 gradients' dtype. Ours is therefore an optimizer like any other to DeepSpeed: it is given flat float32 weights and
 gradients, already summed and clipped; its momentum is as flat as they are, and is saved and resumed like AdamW's
 moments; and the processes put the matrices together themselves.
+
+The 8-bit AdamW steps with bitsandbytes' kernel, which takes flat stretches of any length and needs no memory beside
+its states. torchao's keeps moments of a length that is no multiple of 256, as ZeRO's pieces may be, in float32.
 """
 
 from collections import Counter
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 NO_DECAY = ("embedding.weight", "conv1d_weight")  # a table looked up, and a filter of four taps a channel
 MOMENTUM = 0.95  # Jordan's
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values come out between about 0.7 and 1.2
 NS_STEPS = 5
+BLOCK = 256  # elements that share a scale: bitsandbytes'
+STRETCH = 1 << 26  # elements handled at a time: a bound on memory, and bitsandbytes counts in 32 bits
 
 
 def parameter_groups(model, weight_decay):
@@ -37,6 +44,18 @@ def is_muon(name, shape):
     return name.startswith("layers.") and len(shape) == 2 and not name.endswith(NO_DECAY)
 
 
+def check_optimizer(config):
+    """Raise ValueError where this machine cannot run --optimizer."""
+    if config.optimizer != "adamw8bit":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("--optimizer adamw8bit runs on NVIDIA GPUs alone, and there is none here; use adamw")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "--optimizer adamw8bit needs bitsandbytes, which is not installed: pip install -r requirements-gpu.txt"
+        )
+
+
 def make_optimizer(model, config):
     """The optimizer that DeepSpeed shards; the learning rates are set before every step, by the schedule."""
     groups = parameter_groups(model, config.weight_decay)
@@ -44,6 +63,8 @@ def make_optimizer(model, config):
     settings = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": on_gpu}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **settings)
+    if config.optimizer == "adamw8bit":
+        return AdamW8bit(*groups, **settings)
     matrices = {p for name, p in model.named_parameters() if is_muon(name, p.shape)}
     decayed, kept = groups
     momentum = MOMENTUM if config.muon_momentum is None else config.muon_momentum
@@ -146,3 +167,88 @@ def orthogonalized(matrix):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with 8-bit moments for one group of matrices, and with moments in float32 for the others.
+
+    The others are the embedding, for which float32 is the authors' advice (arXiv:2110.02861, section 2.3), and what is
+    too small to matter: norms, convolution, A_log, D, dt_bias. Parameters must lie on a GPU.
+    """
+
+    def __init__(self, matrices, others, **adamw_settings):
+        self.adamw = torch.optim.AdamW([others], **adamw_settings)
+        betas, eps = adamw_settings["betas"], adamw_settings["eps"]
+        matrices = {**matrices, "bits": 8, "betas": betas, "eps": eps}
+        super().__init__([matrices, *self.adamw.param_groups], {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.adamw.state = self.state
+        self.adamw.param_groups = [group for group in self.param_groups if "bits" not in group]
+        loss = self.adamw.step(closure)
+        for group in self.param_groups:
+            for weight in group["params"] if "bits" in group else ():
+                if weight.grad is not None:
+                    self._step_8bit(weight, group)
+        return loss
+
+    def _step_8bit(self, weight, group):
+        from bitsandbytes.functional import optimizer_update_8bit_blockwise  # installed where it is used
+
+        state = self.state[weight]
+        state["step"] = step = int(state.get("step", 0)) + 1
+        for kind, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            if not isinstance(state.get(kind), EightBit):  # the first step, or the first after a resume: in float32
+                values = state.pop(kind, None)
+                state[kind] = EightBit(weight.numel(), levels(signed, weight.device))
+                if values is not None:
+                    state[kind].pack(values.view(-1))
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        flat, grad = weight.view(-1), weight.grad.view(-1)
+        for start in range(0, len(flat), STRETCH):
+            part, blocks = slice(start, start + STRETCH), slice(start // BLOCK, (start + STRETCH) // BLOCK)
+            optimizer_update_8bit_blockwise(
+                "adam", grad[part], flat[part], first.codes[part], second.codes[part], *group["betas"], 0.0, 0.0,
+                group["eps"], step, group["lr"], first.levels, second.levels, first.scales[blocks],
+                second.scales[blocks], group["weight_decay"],
+            )  # fmt: skip
+
+
+class EightBit:
+    """A flat row of numbers in 8 bits each: the nearest of 256 levels, times the largest of its block of 256.
+
+    Levels end at 1, and at -1 or above 0, so that the largest number of a block is kept exactly: what is unpacked and
+    packed again, in the same blocks, is the same bit for bit.
+    """
+
+    def __init__(self, n, levels):
+        self.levels = levels  # (256,), rising
+        self.codes = torch.zeros(n, dtype=torch.uint8, device=levels.device)
+        self.scales = torch.zeros(-(-n // BLOCK), device=levels.device)
+
+    def pack(self, values):
+        """values (n,), float32"""
+        middles = (self.levels[1:] + self.levels[:-1]) / 2
+        for start in range(0, len(values), STRETCH):
+            part = values[start : start + STRETCH]
+            blocks = F.pad(part, (0, -len(part) % BLOCK)).view(-1, BLOCK)
+            scales = blocks.abs().amax(dim=1)
+            codes = torch.bucketize(blocks / scales[:, None], middles, out_int32=True)  # of a block of zeros any code
+            self.codes[start : start + STRETCH] = codes.view(-1)[: len(part)]
+            self.scales[start // BLOCK : (start + STRETCH) // BLOCK] = scales
+
+    def unpack(self, start, stop):
+        """The numbers from start to stop, float32."""
+        blocks = torch.arange(start, stop, device=self.codes.device) // BLOCK
+        return self.levels[self.codes[start:stop].int()] * self.scales[blocks]
+
+
+def levels(signed, device):
+    """bitsandbytes' levels, finer towards zero; those with signs would end at -0.993 and 1, here at -1 and 1."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    found = create_dynamic_map(signed=signed).to(device)
+    if signed:
+        found[0] = -1.0
+    return found

@@ -124,14 +124,17 @@ def cut_metrics(path, step):
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def note_best(run_dir):
+def heldout_losses(run_dir):
+    """{checkpoint name: held-out loss} of every step at which metrics.jsonl has one."""
+    rows = read_metrics(run_dir.metrics) if run_dir.metrics.exists() else []
+    return {run_dir.checkpoint(row["step"]).name: row["heldout_loss"] for row in rows if "heldout_loss" in row}
+
+
+def note_best(run_dir, losses):
     """Write best.json: the checkpoint of lowest held-out loss, of those that were measured at their step; its name.
 
-    It follows from metrics.jsonl and the folders that are there, so that a resumed run needs no memory of it. Without
-    a measured checkpoint there is no best.json, and None is returned.
+    losses: as heldout_losses gives them. Without a measured checkpoint there is no best.json, and None is returned.
     """
-    rows = read_metrics(run_dir.metrics) if run_dir.metrics.exists() else []
-    losses = {run_dir.checkpoint(row["step"]).name: row.get("heldout_loss", math.nan) for row in rows}
     found = [(losses[p.name], p.name) for p in run_dir.checkpoints() if math.isfinite(losses.get(p.name, math.nan))]
     if not found:
         run_dir.best.unlink(missing_ok=True)
