@@ -423,8 +423,13 @@ class WordSums:
 
 
 def word_sums(words: Words, gap: int) -> WordSums:
-    offsets = np.zeros(len(words) + 1, np.int64)
+    n = len(words)
+    offsets = np.zeros(n + 1, np.int64)
     np.cumsum(words.lengths + gap, out=offsets[1:])
-    sums = np.zeros(len(words) + 1, np.uint64)
-    np.cumsum(words.hashes * power(RADIX, offsets[:-1]), out=sums[1:])
-    return WordSums(offsets, sums, power(INVERSE, offsets))
+    sums = np.zeros(n + 1, np.uint64)
+    inverses = np.ones(n + 1, np.uint64)
+    for first in range(0, n, PIECE_CHARACTERS):
+        some = slice(first, first + PIECE_CHARACTERS)
+        sums[1:][some] = words.hashes[some] * power(RADIX, offsets[:-1][some])
+        inverses[1:][some] = power(INVERSE, offsets[1:][some])
+    return WordSums(offsets, np.cumsum(sums, out=sums), inverses)

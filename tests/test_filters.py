@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import time
+import tracemalloc
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -182,6 +183,19 @@ def test_repetition_is_counted_as_by_plain_loops(seed):
         assert duplicate_ngram_characters(joined, n, limit=-1) == exact
         assert repeated_characters(joined, n, limit=-1) >= exact
         assert duplicate_ngram_characters(joined, n, limit=1e9) >= exact  # a bound is enough there
+
+
+@pytest.mark.parametrize("vocabulary", [50_000, 300])
+def test_repetition_in_a_long_text_takes_little_memory(vocabulary):
+    draw = random.Random(0)
+    text = " ".join(f"w{draw.randrange(vocabulary)}" for _ in range(200_000))
+    text += text[: len(text) // 4]
+    GopherRepetition().check(text[:5000], {})
+    tracemalloc.start()
+    GopherRepetition(max_top_ngram=((2, 1.0), (3, 1.0)), max_duplicate_ngram=((5, 0.1),)).check(text, {})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 120 * 250_000  # bytes a word; 168 with a set of Python's numbers
 
 
 def test_short_texts_have_no_ngrams():
