@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.inputs import SETTINGS_FILE, find_pieces, inputs_key
+from curation.plan import print_plan
 from curation.recipe import RECIPES, Settings, tokens_of
 from curation.shards import MANIFEST, new_file, read_manifest
 
@@ -227,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--quality-label", help="of a fastText classifier: which label means good")
     add("--min-quality", type=float, help="what the classifier must at least give (default: 0.5)")
     add("--stock", default="", help="steps that datatrove's own do instead of ours: filters")
+    add("--plan", action="store_true", help="print what the run reads, makes, needs and takes, and start nothing")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it")
     add("--update", action="store_true", help="make a finished folder again as far as settings or files have changed")
     add("--prune", action="store_true", help="remove what the work folder has of other settings, files and code")
@@ -263,7 +265,9 @@ def main(argv: list[str] | None = None) -> int:
             stock=tuple(filter(None, flags.stock.split(","))),
         )
         out = flags.out or Path("data", flags.recipe)
-        if flags.slurm is not None:
+        if flags.plan:
+            print_plan(settings, flags.mirror, flags.workers)
+        elif flags.slurm is not None:
             rest = without(
                 arguments, ("slurm", "slurm-jobs", "slurm-time", "slurm-partition", "slurm-cpus", "slurm-mem-gb")
             )
