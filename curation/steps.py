@@ -38,6 +38,7 @@ EXAMPLES = 3  # of what each rule dropped in a piece
 EXAMPLE_CHARACTERS = 500
 SCORES = ("language_score", "quality")  # metadata whose histograms are kept, between 0 and 1
 SCORE_BINS = 20
+CHUNK_TOKENS = 1 << 20  # written at once
 POISONOUS = "poisonous"  # the rule that drops documents that killed or broke a worker twice
 
 # What becomes of a document that passed its rules.
@@ -308,13 +309,14 @@ class DecideFates(PipelineStep):
     def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
         task = planned(self.plan, rank, world_size)
         pieces: list[tuple[str, str]] = [tuple(piece) for piece in task.values["pieces"]]  # (source, read key)
-        prints = [np.load(task_folder(self.work, "read", key) / "fingerprints.npz") for _, key in pieces]
+        prints = [task_folder(self.work, "read", key) / "fingerprints.npz" for _, key in pieces]
+        counts = [len(load_array(path, "sizes")) for path in prints]
         ids, digests, sketches, sizes = (
-            np.concatenate([p[name] for p in prints]) for name in ("ids", "digests", "sketches", "sizes")
+            np.concatenate([load_array(path, name) for path in prints])
+            for name in ("ids", "digests", "sketches", "sizes")
         )
-        counts = [len(p["sizes"]) for p in prints]
         of_source = np.repeat([self.sources.index(source) for source, _ in pieces], counts)
-        keys = [np.load(task_folder(self.work, "read", key) / "keys.npy", mmap_mode="r") for _, key in pieces]
+        keys = [task_folder(self.work, "read", key) / "keys.npy" for _, key in pieces]
         m = self.minhash
 
         def is_near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -322,7 +324,7 @@ class DecideFates(PipelineStep):
 
         exact, stays = survivors(
             digests,
-            (np.concatenate([of_piece[band] for of_piece in keys]) for band in range(m.bands)),
+            (np.concatenate([load_row(path, band) for path in keys]) for band in range(m.bands)),
             ranks(of_source, ids, digests),
             None if self.across else of_source,
             is_near,
@@ -360,6 +362,18 @@ class DecideFates(PipelineStep):
                 "examples": example_pairs(pieces, edges, fates, stays),
             }
             write_json(folder / "summary.json", summary)
+
+
+def load_array(path: Path, name: str) -> np.ndarray:
+    """One array of an .npz file, which does not stay open: there are more pieces than files may be open at once."""
+    with np.load(path) as file:
+        array: np.ndarray = file[name]
+    return array
+
+
+def load_row(path: Path, row: int) -> np.ndarray:
+    """One row of an .npy file; nothing else of it is read, and it does not stay open."""
+    return np.array(np.load(path, mmap_mode="r")[row])
 
 
 def ranks(of_source: np.ndarray, ids: np.ndarray, digests: np.ndarray) -> np.ndarray:
@@ -587,14 +601,19 @@ class PlanShards(PipelineStep):
 
     def columns(self, keys: Sequence[str]) -> dict[int, dict[str, np.ndarray]]:
         """order, lengths and text_bytes of all documents of these pieces, by fate."""
-        tables = [np.load(task_folder(self.work, "tokens", key) / "table.npz") for key in keys]
         types = {"order": np.uint64, "lengths": np.int64, "text_bytes": np.int64}
+        parts: dict[int, dict[str, list[np.ndarray]]] = {
+            fate: {name: [np.zeros(0, dtype)] for name, dtype in types.items()} for fate in (TRAIN, HELDOUT)
+        }
+        for key in keys:
+            with np.load(task_folder(self.work, "tokens", key) / "table.npz") as table:
+                fates = table["fate"]
+                for name, dtype in types.items():
+                    column = table[name].astype(dtype)
+                    for fate, columns in parts.items():
+                        columns[name].append(column[fates == fate])
         return {
-            fate: {
-                name: np.concatenate([np.zeros(0, dtype), *(t[name][t["fate"] == fate].astype(dtype) for t in tables)])
-                for name, dtype in types.items()
-            }
-            for fate in (TRAIN, HELDOUT)
+            fate: {name: np.concatenate(arrays) for name, arrays in columns.items()} for fate, columns in parts.items()
         }
 
     def shards_of(self, documents: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -634,35 +653,40 @@ class ShardWriter(PipelineStep):
         header = ShardHeader(**{**vars(self.header), "source": values["source"], "split": values["split"]})
         fate = FATES.index(values["split"])
         found: list[np.ndarray] = []
-        tokens: list[np.ndarray] = []
-        for number, key in enumerate(values["pieces"]):
-            folder = task_folder(self.work, "tokens", key)
-            table = np.load(folder / "table.npz")
-            order = np.where(table["fate"] == fate, table["order"], 0)
-            chosen = np.flatnonzero(
-                (table["fate"] == fate) & (order >= np.uint64(values["from"])) & (order <= np.uint64(values["to"]))
-            )
-            columns = [order, table["ids"][:, 0], table["ids"][:, 1], table["starts"], table["lengths"]]
-            rows = np.stack([column[chosen] for column in columns])
-            found.append(np.concatenate([rows, np.full((1, len(chosen)), number, np.uint64)]))
-            size = (folder / "tokens.bin").stat().st_size
-            dtype = token_dtype(header.vocab_size)
-            tokens.append(np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype))
-        order, first, second, starts, lengths, pieces = np.concatenate(found, axis=1)
+        for key in values["pieces"]:
+            with np.load(task_folder(self.work, "tokens", key) / "table.npz") as table:
+                order = np.where(table["fate"] == fate, table["order"], 0)
+                chosen = np.flatnonzero(
+                    (table["fate"] == fate) & (order >= np.uint64(values["from"])) & (order <= np.uint64(values["to"]))
+                )
+                ids = table["ids"]
+                columns = [order, ids[:, 0], ids[:, 1], table["starts"], table["lengths"]]
+                found.append(np.stack([column[chosen] for column in columns]))
+        order, first, second, starts, lengths = np.concatenate(found, axis=1)
         by = np.lexsort((second, first, order))
+        places = np.empty(len(by), np.int64)  # of each document in the shard
+        places[by] = np.cumsum(lengths[by]) - lengths[by]
 
+        # a piece at a time: there are more of them than files may be open at once
         progress = Progress()
-
-        def documents() -> Iterator[np.ndarray]:
-            for i in by:
-                start, length = int(starts[i]), int(lengths[i])
-                progress.at("", length * 2)
+        dtype = token_dtype(header.vocab_size)
+        tokens = np.empty(int(lengths.sum()), dtype)
+        edges = np.cumsum([0, *(columns.shape[1] for columns in found)]).tolist()
+        for key, here, there in zip(values["pieces"], edges[:-1], edges[1:], strict=True):
+            if here == there:
+                continue
+            path = task_folder(self.work, "tokens", key) / "tokens.bin"
+            of_piece = np.memmap(path, dtype, "r").view(np.ndarray)  # slicing a np.memmap takes ten times as long
+            for i in range(here, there):
+                place, start, length = int(places[i]), int(starts[i]), int(lengths[i])
+                tokens[place : place + length] = of_piece[start : start + length]
+                progress.at("", length * dtype.itemsize)
                 progress.tokens += length
-                yield tokens[int(pieces[i])][start : start + length]
 
         with committed(task_folder(self.work, "shards", task.key)) as folder:
             ids = np.stack([first[by], second[by]], axis=1)
-            write_shard(folder / f"shard{SHARD}", header, ids, lengths[by].astype(np.int64), documents())
+            chunks = (tokens[start : start + CHUNK_TOKENS] for start in range(0, len(tokens), CHUNK_TOKENS))
+            write_shard(folder / f"shard{SHARD}", header, ids, lengths[by].astype(np.int64), chunks)
             write_json(folder / "entry.json", file_entry(folder / f"shard{SHARD}"))
 
 
