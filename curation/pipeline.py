@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.inputs import SETTINGS_FILE, find_pieces, inputs_key
+from curation.plan import print_plan
 from curation.recipe import RECIPES, STOCK, Settings, tokens_of
 from curation.shards import MANIFEST, new_file, read_manifest
 
@@ -229,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--quality-label", help="of a fastText classifier: which label means good")
     add("--min-quality", type=float, help="what the classifier must at least give (default: 0.5)")
     add("--stock", default="", help=f"what datatrove's own steps do instead of ours: {', '.join(STOCK)}")
+    add("--plan", action="store_true", help="print what the run reads, makes, needs and takes, and start nothing")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it")
     add("--update", action="store_true", help="make a finished folder again as far as settings or files have changed")
     add("--prune", action="store_true", help="remove what the work folder has of other settings, files and code")
@@ -267,7 +269,9 @@ def main(argv: list[str] | None = None) -> int:
         if {"filters", "dedup"} & set(settings.stock) and find_spec("spacy") is None:
             raise ValueError(f"--stock {flags.stock} needs spaCy: pip install -r requirements-dev.txt")
         out = flags.out or Path("data", flags.recipe)
-        if flags.slurm is not None:
+        if flags.plan:
+            print_plan(settings, flags.mirror, flags.workers)
+        elif flags.slurm is not None:
             rest = without(
                 arguments, ("slurm", "slurm-jobs", "slurm-time", "slurm-partition", "slurm-cpus", "slurm-mem-gb")
             )

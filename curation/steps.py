@@ -26,7 +26,7 @@ from curation.mixture import HIGHEST, cut, plan_mixture, settle
 from curation.quality import Quality
 from curation.readers import read_piece
 from curation.recipe import MinHash
-from curation.shards import SHARD, ShardHeader, allow_open_files, file_entry, id_hash, token_dtype, write_shard
+from curation.shards import SHARD, ShardHeader, file_entry, id_hash, token_dtype, write_shard
 from curation.sources import Source, piece_of
 from curation.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from curation.work import Progress, Task, committed, planned, read_attempts, task_folder
@@ -38,6 +38,7 @@ EXAMPLES = 3  # of what each rule dropped in a piece
 EXAMPLE_CHARACTERS = 500
 SCORES = ("language_score", "quality")  # metadata whose histograms are kept, between 0 and 1
 SCORE_BINS = 20
+CHUNK_TOKENS = 1 << 20  # written at once
 POISONOUS = "poisonous"  # the rule that drops documents that killed or broke a worker twice
 
 # What becomes of a document that passed its rules.
@@ -370,8 +371,8 @@ class DecideFates(PipelineStep):
         files = [task_folder(self.work, "read", key) / "keys.npy" for _, key in task.values["pieces"]]
         m = self.minhash
 
-        def keys_of(band: int) -> np.ndarray:  # a file is open only while its row is read: there may be thousands
-            return np.concatenate([np.array(np.load(file, mmap_mode="r")[band]) for file in files])
+        def keys_of(band: int) -> np.ndarray:
+            return np.concatenate([load_row(file, band) for file in files])
 
         def is_near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
             return similarities(sketches[a], sketches[b], m.bands * m.rows) >= m.min_similarity
@@ -390,6 +391,11 @@ def read_prints(work: Path, key: str, name: str) -> np.ndarray:
     with np.load(task_folder(work, "read", key) / "fingerprints.npz") as arrays:
         array: np.ndarray = arrays[name]
     return array
+
+
+def load_row(path: Path, row: int) -> np.ndarray:
+    """One row of an .npy file; nothing else of it is read, and it does not stay open."""
+    return np.array(np.load(path, mmap_mode="r")[row])
 
 
 def ranks(of_source: np.ndarray, ids: np.ndarray, digests: np.ndarray) -> np.ndarray:
@@ -635,18 +641,21 @@ class PlanShards(PipelineStep):
 
     def columns(self, keys: Sequence[str]) -> dict[int, dict[str, np.ndarray]]:
         """order, lengths and text_bytes of all documents of these pieces, by fate."""
-        result = {}
-        for fate in (TRAIN, HELDOUT):
-            tables = [open_table(self.work, key, fate) for key in keys]
-            result[fate] = {
-                name: np.concatenate([np.zeros(0, dtype), *(table[column].astype(dtype) for table in tables)])
-                for name, column, dtype in (
-                    ("order", "order", np.uint64),
-                    ("lengths", "length", np.int64),
-                    ("text_bytes", "text_bytes", np.int64),
-                )
+
+        def column(fate: int, name: str, dtype: type) -> np.ndarray:
+            of_pieces = (
+                open_table(self.work, key, fate)[name].astype(dtype) for key in keys
+            )  # copies: no file stays open
+            return np.concatenate([np.zeros(0, dtype), *of_pieces])
+
+        return {
+            fate: {
+                "order": column(fate, "order", np.uint64),
+                "lengths": column(fate, "length", np.int64),
+                "text_bytes": column(fate, "text_bytes", np.int64),
             }
-        return result
+            for fate in (TRAIN, HELDOUT)
+        }
 
     def shards_of(self, documents: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Counts, and where each shard begins in the order: a shard ends after `shard_tokens`."""
@@ -684,37 +693,39 @@ class ShardWriter(PipelineStep):
         values = task.values
         header = ShardHeader(**{**vars(self.header), "source": values["source"], "split": values["split"]})
         fate = FATES.index(values["split"])
-        allow_open_files()
         found: list[np.ndarray] = []
-        tokens: list[np.ndarray] = []
         span = np.array([values["from"], values["to"]], np.uint64)
-        dtype = token_dtype(header.vocab_size)
-        for number, key in enumerate(values["pieces"]):
+        for key in values["pieces"]:
             table = open_table(self.work, key, fate)
-            begin, end = (
-                np.searchsorted(table["order"], span[0]),
-                np.searchsorted(table["order"], span[1], side="right"),
-            )
-            rows = [table[name][begin:end] for name in ("order", "id_first", "id_second", "start", "length")]
-            found.append(np.stack([*rows, np.full(end - begin, number, np.uint64)]))
-            # a piece without a document in this shard is not opened
-            path = task_folder(self.work, "tokens", key) / "tokens.bin"
-            tokens.append(np.memmap(path, dtype, "r").view(np.ndarray) if end > begin else np.zeros(0, dtype))
-        order, first, second, starts, lengths, pieces = np.concatenate(found, axis=1)
+            begin = np.searchsorted(table["order"], span[0], side="left")
+            end = np.searchsorted(table["order"], span[1], side="right")
+            columns = ("order", "id_first", "id_second", "start", "length")
+            found.append(np.stack([table[name][begin:end] for name in columns]))
+        order, first, second, starts, lengths = np.concatenate(found, axis=1)
         by = np.lexsort((second, first, order))
+        places = np.empty(len(by), np.int64)  # of each document in the shard
+        places[by] = np.cumsum(lengths[by]) - lengths[by]
 
+        # a piece at a time: there are more of them than files may be open at once
         progress = Progress()
-
-        def documents() -> Iterator[np.ndarray]:
-            for i in by:
-                start, length = int(starts[i]), int(lengths[i])
-                progress.at("", length * 2)
+        dtype = token_dtype(header.vocab_size)
+        tokens = np.empty(int(lengths.sum()), dtype)
+        edges = np.cumsum([0, *(columns.shape[1] for columns in found)]).tolist()
+        for key, here, there in zip(values["pieces"], edges[:-1], edges[1:], strict=True):
+            if here == there:
+                continue
+            path = task_folder(self.work, "tokens", key) / "tokens.bin"
+            of_piece = np.memmap(path, dtype, "r").view(np.ndarray)  # slicing a np.memmap takes ten times as long
+            for i in range(here, there):
+                place, start, length = int(places[i]), int(starts[i]), int(lengths[i])
+                tokens[place : place + length] = of_piece[start : start + length]
+                progress.at("", length * dtype.itemsize)
                 progress.tokens += length
-                yield tokens[int(pieces[i])][start : start + length]
 
         with committed(task_folder(self.work, "shards", task.key)) as folder:
             ids = np.stack([first[by], second[by]], axis=1)
-            write_shard(folder / f"shard{SHARD}", header, ids, lengths[by].astype(np.int64), documents())
+            chunks = (tokens[start : start + CHUNK_TOKENS] for start in range(0, len(tokens), CHUNK_TOKENS))
+            write_shard(folder / f"shard{SHARD}", header, ids, lengths[by].astype(np.int64), chunks)
             write_json(folder / "entry.json", file_entry(folder / f"shard{SHARD}"))
 
 
