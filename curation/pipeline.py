@@ -13,11 +13,12 @@ import os
 import shlex
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from curation.inputs import SETTINGS_FILE, find_pieces, inputs_key
-from curation.recipe import RECIPES, Settings, tokens_of
+from curation.recipe import RECIPES, STOCK, Settings, tokens_of
 from curation.shards import MANIFEST, new_file, read_manifest
 
 
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--quality-model", help="a classifier of web pages (python -m curation.quality train)")
     add("--quality-label", help="of a fastText classifier: which label means good")
     add("--min-quality", type=float, help="what the classifier must at least give (default: 0.5)")
-    add("--stock", default="", help="steps that datatrove's own do instead of ours: filters")
+    add("--stock", default="", help=f"what datatrove's own steps do instead of ours: {', '.join(STOCK)}")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it")
     add("--update", action="store_true", help="make a finished folder again as far as settings or files have changed")
     add("--prune", action="store_true", help="remove what the work folder has of other settings, files and code")
@@ -261,8 +262,10 @@ def main(argv: list[str] | None = None) -> int:
             quality_model=flags.quality_model,
             quality_label=flags.quality_label,
             min_quality=flags.min_quality,
-            stock=tuple(filter(None, flags.stock.split(","))),
+            stock=tuple(sorted(set(filter(None, flags.stock.split(","))))),
         )
+        if {"filters", "dedup"} & set(settings.stock) and find_spec("spacy") is None:
+            raise ValueError(f"--stock {flags.stock} needs spaCy: pip install -r requirements-dev.txt")
         out = flags.out or Path("data", flags.recipe)
         if flags.slurm is not None:
             rest = without(

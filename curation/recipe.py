@@ -133,6 +133,7 @@ MATH = (
 WEB_KINDS = {"web", "clean_web"}
 JUDGED_KINDS = WEB_KINDS | {"own"}  # by a quality classifier, where one is given
 FILES = ("tokenizer", "decontaminate", "language_model", "quality_model")  # settings whose content counts
+STOCK = ("filters", "dedup", "tokenizer")  # what datatrove's own steps can do instead of ours
 LIGHT = (Readable(),)  # of text of which every document was chosen, or written for the purpose
 
 RECIPES = {
@@ -223,7 +224,7 @@ class Settings:
     tokens: int | None = None  # scale the token budgets of the sources to this sum
     input: str | None = None  # the folder of the recipe `own`
     tokenizer: str | None = None  # file of a tokenizer to use; None: train one
-    stock: tuple[str, ...] = ()  # steps that datatrove's own do instead of ours: "filters"
+    stock: tuple[str, ...] = ()  # of STOCK: what datatrove's own steps do instead of ours
     decontaminate: str | None = None  # file of an index of evaluation items; None: documents that hold them stay
     language_model: str | None = None  # lid.176.bin, for the smaller model that is installed
     min_language_score: float | None = None  # of web pages, in their own column
@@ -259,9 +260,14 @@ class Settings:
             language_model_file(self.language_model)  # which raises: no document can be judged without
         if self.min_language_score is not None and not WEB_KINDS & {source.kind for source in recipe.sources}:
             raise ValueError(f"--min-language-score has no effect: recipe {self.recipe} has no web pages")
-        if unknown := set(self.stock) - {"filters"}:
+        if unknown := set(self.stock) - set(STOCK):
             raise ValueError(
-                f"--stock {min(unknown)} is not a step that datatrove's own can do here; allowed: filters"
+                f"--stock {min(unknown)} is not a step that datatrove's own can do here; allowed: {', '.join(STOCK)}"
+            )
+        if "tokenizer" in self.stock and (self.tokenizer is None or Path(self.tokenizer).read_bytes()[:1] != b"{"):
+            given = "trained here" if self.tokenizer is None else self.tokenizer
+            raise ValueError(
+                f"--stock tokenizer takes no sentencepiece model ({given}); give a tokenizer.json with --tokenizer"
             )
         if self.quality_model is None and (self.min_quality is not None or self.quality_label is not None):
             raise ValueError("--min-quality and --quality-label have no effect without --quality-model FILE")

@@ -48,7 +48,6 @@ from curation.sources import Piece, Source
 from curation.steps import (
     EXAMPLE_CHARACTERS,
     FATES,
-    POISONOUS,
     ApplyRules,
     DecideFates,
     FateReader,
@@ -60,9 +59,11 @@ from curation.steps import (
     TextWriter,
     TokenWriter,
     TrainTokenizer,
+    add_counts,
     read_json,
     read_packed,
 )
+from curation.stock import StockFates, StockTokenWriter
 from curation.tokenizer import FILE_NAME, load_tokenizer
 from curation.work import Task, code_version, key_of, task_folder, versions
 from curation.workers import Worker
@@ -100,6 +101,10 @@ class Run:
     def sources(self) -> dict[str, Source]:
         return {source.name: source for source in self.settings.sources}
 
+    def stock(self, step: str) -> str | None:
+        """For keys: the code around datatrove's own step, None where ours runs."""
+        return code_version("stock") if step in self.settings.stock else None
+
     # ---- the tasks; each stage may ask for the results of those before it
 
     @cached_property
@@ -113,7 +118,7 @@ class Run:
             rules = [rule_values(rule) for rule in self.settings.rules(source)]
             m = recipe.minhash
             chosen = [name, reading, source.metadata_columns, rules, m.ngram_words, m.bands, m.rows]
-            chosen += [recipe.keep_dropped, self.settings.stock, code_version(*READING, "steps")]
+            chosen += [recipe.keep_dropped, "filters" in self.settings.stock, code_version(*READING, "steps")]
             tasks[name] = [
                 Task(
                     key=key_of([chosen, piece.key]),
@@ -128,7 +133,7 @@ class Run:
     def duplicates_task(self) -> Task:
         pieces = [(source, task.key) for source, tasks in self.read_tasks.items() for task in tasks]
         chosen = [self.recipe.minhash.min_similarity, self.recipe.near_duplicates_across]
-        chosen += [self.settings.heldout_percent, self.recipe.min_heldout_documents]
+        chosen += [self.settings.heldout_percent, self.recipe.min_heldout_documents, self.stock("dedup")]
         key = key_of([pieces, chosen, code_version("dedup", "heldout", "steps")])
         size = sum(task.size_bytes for tasks in self.read_tasks.values() for task in tasks)
         return Task(key=key, size_bytes=size, values={"pieces": pieces})
@@ -175,7 +180,7 @@ class Run:
 
     @cached_property
     def token_tasks(self) -> dict[str, list[Task]]:
-        code = code_version("tokenizer", "merges", "steps")
+        code = [code_version("tokenizer", "merges", "steps"), self.stock("tokenizer")]
         return {
             source: [
                 Task(
@@ -248,9 +253,12 @@ class Run:
             ]
             return Stage(name=name, groups=groups)
         if name == "tokens":
+            writer: Any = TokenWriter
+            if "tokenizer" in self.settings.stock:
+                writer = partial(StockTokenWriter, header=self.header)
             steps: Callable[[Path], list[PipelineStep]] = lambda plan: [  # noqa: E731
                 FateReader(work, plan),
-                TokenWriter(work, plan, self.tokenizer_file),
+                writer(work, plan, self.tokenizer_file),
             ]
             groups = [Group(name=source, tasks=tasks, pipeline=steps) for source, tasks in self.token_tasks.items()]
             return Stage(name=name, groups=groups)
@@ -258,11 +266,12 @@ class Run:
             tasks = [task for of_source in self.shard_tasks.values() for task in of_source]
             return one_group(name, tasks, lambda plan: [ShardWriter(work, plan, self.header)])
         if name == "duplicates":
+            decide = StockFates if "dedup" in self.settings.stock else DecideFates
             return one_group(
                 name,
                 [self.duplicates_task],
                 lambda plan: [
-                    DecideFates(
+                    decide(
                         work,
                         plan,
                         recipe.minhash,
@@ -440,8 +449,7 @@ def make_funnel(run: Run) -> dict[str, Any]:
         fates = run.duplicates["sources"][name]
         drops = [("exact_duplicate", fates["exact_duplicate"]), ("near_duplicate", fates["near_duplicate"])]
         for task in run.token_tasks[name]:
-            lost = read_json(task_folder(run.work, "tokens", task.key) / "poisonous.json")
-            drops += [(POISONOUS, counts) for counts in lost.values()]
+            drops += read_json(task_folder(run.work, "tokens", task.key) / "lost.json").items()
         drops.append(("over_budget", plan["over_budget"] if plan else NOTHING))
         for rule, counts in drops:
             if counts["documents"]:
@@ -476,11 +484,6 @@ def make_funnel(run: Run) -> dict[str, Any]:
             "scores": add_scores(ledger["scores"] for ledger in ledgers),
         }
     return funnel
-
-
-def add_counts(entry: dict[str, Any], counts: Mapping[str, Any]) -> None:
-    for name in ("documents", "text_bytes"):
-        entry[name] += counts[name]
 
 
 def add_histograms(histograms: Any) -> dict[str, int]:

@@ -30,7 +30,7 @@ from curation.recipe import MinHash
 from curation.shards import SHARD, ShardHeader, file_entry, id_hash, token_dtype, write_shard
 from curation.sources import Source, piece_of
 from curation.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from curation.work import Progress, committed, planned, read_attempts, task_folder
+from curation.work import Progress, Task, committed, planned, read_attempts, task_folder
 
 Documents = Iterator[Document]
 
@@ -63,6 +63,11 @@ def read_packed(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a .jsonl.zst, a few at a time in memory."""
     with zstandard.open(path, "rb") as stream, io.BufferedReader(stream) as file:
         yield from map(orjson.loads, file)
+
+
+def add_counts(entry: dict[str, Any], counts: Mapping[str, Any]) -> None:
+    for name in ("documents", "text_bytes"):
+        entry[name] += counts[name]
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -310,6 +315,10 @@ class DecideFates(PipelineStep):
 
     def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> None:
         task = planned(self.plan, rank, world_size)
+        with committed(task_folder(self.work, "duplicates", task.key)) as folder:
+            self.decide(task, folder)
+
+    def decide(self, task: Task, folder: Path) -> None:
         pieces: list[tuple[str, str]] = [tuple(piece) for piece in task.values["pieces"]]  # (source, read key)
         prints = [np.load(task_folder(self.work, "read", key) / "fingerprints.npz") for _, key in pieces]
         ids, digests, sketches, sizes = (
@@ -317,19 +326,7 @@ class DecideFates(PipelineStep):
         )
         counts = [len(p["sizes"]) for p in prints]
         of_source = np.repeat([self.sources.index(source) for source, _ in pieces], counts)
-        keys = [np.load(task_folder(self.work, "read", key) / "keys.npy", mmap_mode="r") for _, key in pieces]
-        m = self.minhash
-
-        def is_near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return similarities(sketches[a], sketches[b], m.bands * m.rows) >= m.min_similarity
-
-        exact, stays = survivors(
-            digests,
-            (np.concatenate([of_piece[band] for of_piece in keys]) for band in range(m.bands)),
-            ranks(of_source, ids, digests),
-            None if self.across else of_source,
-            is_near,
-        )
+        exact, stays = self.survivors(task, folder, of_source, digests, sketches, ranks(of_source, ids, digests))
 
         here = np.arange(len(ids))
         fates = np.where(exact != here, EXACT, np.where(stays != here, NEAR, TRAIN)).astype(np.uint8)
@@ -344,25 +341,49 @@ class DecideFates(PipelineStep):
         counts_of = [np.bincount(fates[of_source == n], minlength=4) for n in range(len(self.sources))]
         clusters: Any = np.bincount(np.unique(stays[duplicate], return_counts=True)[1] + 1) if duplicate.any() else []
         edges = np.cumsum([0, *counts])
-        with committed(task_folder(self.work, "duplicates", task.key)) as folder:
-            hashes = {}
-            for (_, key), start, stop in zip(pieces, edges[:-1], edges[1:], strict=True):
-                path = folder / f"{key}.npz"
-                np.savez(path, fates=fates[start:stop], stays=kept[start:stop])
-                hashes[key] = file_entry(path)["sha256"]
-            summary = {
-                "fates": hashes,
-                "sources": {
-                    source: {
-                        fate: {"documents": int(counts_of[n][f]), "text_bytes": int(sizes_of[n][f])}
-                        for f, fate in enumerate(FATES)
-                    }
-                    for n, source in enumerate(self.sources)
-                },
-                "clusters": {str(size): int(n) for size, n in enumerate(clusters) if n},
-                "examples": example_pairs(pieces, edges, fates, stays),
-            }
-            write_json(folder / "summary.json", summary)
+        hashes = {}
+        for (_, key), start, stop in zip(pieces, edges[:-1], edges[1:], strict=True):
+            path = folder / f"{key}.npz"
+            np.savez(path, fates=fates[start:stop], stays=kept[start:stop])
+            hashes[key] = file_entry(path)["sha256"]
+        summary = {
+            "fates": hashes,
+            "sources": {
+                source: {
+                    fate: {"documents": int(counts_of[n][f]), "text_bytes": int(sizes_of[n][f])}
+                    for f, fate in enumerate(FATES)
+                }
+                for n, source in enumerate(self.sources)
+            },
+            "clusters": {str(size): int(n) for size, n in enumerate(clusters) if n},
+            "examples": example_pairs(pieces, edges, fates, stays),
+        }
+        write_json(folder / "summary.json", summary)
+
+    def survivors(
+        self,
+        task: Task,
+        folder: Path,
+        of_source: np.ndarray,
+        digests: np.ndarray,
+        sketches: np.ndarray,
+        order: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `survivors` of dedup.py gives for all documents, in the order of the pieces. `folder` is the task's."""
+        files = [task_folder(self.work, "read", key) / "keys.npy" for _, key in task.values["pieces"]]
+        keys = [np.load(file, mmap_mode="r") for file in files]
+        m = self.minhash
+
+        def is_near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return similarities(sketches[a], sketches[b], m.bands * m.rows) >= m.min_similarity
+
+        return survivors(
+            digests,
+            (np.concatenate([of_piece[band] for of_piece in keys]) for band in range(m.bands)),
+            order,
+            None if self.across else of_source,
+            is_near,
+        )
 
 
 def ranks(of_source: np.ndarray, ids: np.ndarray, digests: np.ndarray) -> np.ndarray:
@@ -457,10 +478,46 @@ class FateReader(BaseReader):
         documents = read_packed(task_folder(self.work, "read", key) / "documents.jsonl.zst")
         for n, fate, record in zip(order, fates, documents, strict=True):
             if fate in (TRAIN, HELDOUT):
-                metadata = {"fate": int(fate), "order": n, "poisonous": record["id"] in quarantined}
-                progress.at(record["id"], len(record["text"].encode()))
+                n_bytes = len(record["text"].encode())
+                poisonous = record["id"] in quarantined
+                metadata = {"fate": int(fate), "order": int(n), "text_bytes": n_bytes, "poisonous": poisonous}
+                progress.at(record["id"], n_bytes)
                 yield Document(text=record["text"], id=record["id"], metadata=metadata)
                 progress.done()
+
+
+class TokenTable:
+    """Where the tokens of each document of a piece are; files as in TokenWriter."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, ...]] = []
+        self.heldout: list[dict[str, Any]] = []
+        self.lost: dict[str, dict[str, int]] = {}
+
+    def add(self, document: Document, start: int, length: int) -> None:
+        fate, order, n_bytes = (document.metadata[name] for name in ("fate", "order", "text_bytes"))
+        self.rows.append((fate, order, *id_hash(document.id).tolist(), start, length, n_bytes))
+        if fate == HELDOUT:
+            self.heldout.append({"order": order, "id": document.id, "text": document.text})
+
+    def lose(self, document: Document, rule: str) -> None:
+        counts = {"documents": 1, "text_bytes": document.metadata["text_bytes"]}
+        add_counts(self.lost.setdefault(rule, {"documents": 0, "text_bytes": 0}), counts)
+
+    def write(self, folder: Path) -> None:
+        self.rows.sort()
+        columns = np.array(self.rows, np.uint64).reshape(-1, 7).T
+        np.savez(
+            folder / "table.npz",
+            fate=columns[0].astype(np.uint8),
+            order=columns[1],
+            ids=np.ascontiguousarray(columns[2:4].T),
+            starts=columns[4],
+            lengths=columns[5],
+            text_bytes=columns[6],
+        )
+        write_lines(folder / "heldout.jsonl", sorted(self.heldout, key=lambda entry: (entry["order"], entry["id"])))
+        write_json(folder / "lost.json", self.lost)
 
 
 class TokenWriter(PipelineStep):
@@ -469,7 +526,8 @@ class TokenWriter(PipelineStep):
     tokens.bin      uint16 or uint32, a separator before each document
     table.npz       sorted by (fate, order): fate, order, ids (n, 2), starts and lengths in tokens.bin, text_bytes
     heldout.jsonl   id and text of the held-out documents, in that order
-    poisonous.json  {fate: {"documents", "text_bytes"}} of those that killed or broke a worker twice
+    lost.json       {rule: {"documents", "text_bytes"}} of those that are not in the table, as the poisonous ones, that
+                    killed or broke a worker twice
     """
 
     type = "writer"
@@ -485,42 +543,20 @@ class TokenWriter(PipelineStep):
         task = planned(self.plan, rank, world_size)
         tokenizer = tokenizer_at(self.tokenizer_file)
         dtype = token_dtype(tokenizer.vocab_size)
-        rows: list[tuple[int, int, int, int, int, int, int]] = []
-        heldout: list[tuple[int, dict[str, str]]] = []
-        poisonous: dict[str, dict[str, int]] = {}
+        table = TokenTable()
         n_tokens = 0
         with committed(task_folder(self.work, "tokens", task.key)) as folder:
             with open(folder / "tokens.bin", "wb") as file:
                 for document in data:
-                    fate, n_bytes = document.metadata["fate"], len(document.text.encode())
                     ids = None if document.metadata["poisonous"] else encode_or_none(tokenizer, document.text)
                     if ids is None:
-                        entry = poisonous.setdefault(FATES[fate], {"documents": 0, "text_bytes": 0})
-                        entry["documents"] += 1
-                        entry["text_bytes"] += n_bytes
+                        table.lose(document, POISONOUS)
                         continue
                     file.write(np.array([tokenizer.separator_id], dtype).data)
                     file.write(np.asarray(ids, dtype).data)
-                    length = 1 + len(ids)
-                    order = int(document.metadata["order"])
-                    rows.append((fate, order, *id_hash(document.id).tolist(), n_tokens, length, n_bytes))
-                    if fate == HELDOUT:
-                        heldout.append((order, {"id": document.id, "text": document.text}))
-                    n_tokens += length
-            rows.sort()
-            columns = np.array(rows, np.uint64).reshape(-1, 7).T
-            np.savez(
-                folder / "table.npz",
-                fate=columns[0].astype(np.uint8),
-                order=columns[1],
-                ids=np.ascontiguousarray(columns[2:4].T),
-                starts=columns[4],
-                lengths=columns[5],
-                text_bytes=columns[6],
-            )
-            heldout.sort(key=lambda entry: (entry[0], entry[1]["id"]))
-            write_lines(folder / "heldout.jsonl", [{"order": order, **record} for order, record in heldout])
-            write_json(folder / "poisonous.json", poisonous)
+                    table.add(document, n_tokens, 1 + len(ids))
+                    n_tokens += 1 + len(ids)
+            table.write(folder)
 
 
 @functools.lru_cache(maxsize=1)

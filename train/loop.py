@@ -75,6 +75,8 @@ def train(config, origins=None, explain_for=None):
     device = deepspeed.get_accelerator().current_device_name()
     checkpoint = newest_whole(run_dir, say=say_on(rank)) if config.resume else None
     start = checkpoint.step if checkpoint else 0
+    if config.init_from and not (checkpoint or initial):  # every checkpoint of the run's own is damaged
+        initial = open_weights(config.init_from, plan.model, data.tokenizer_file)
     weights = checkpoint or initial
     engine = make_engine(plan, config, ds_config, weights=weights.tensors() if weights else None)
     if checkpoint:
