@@ -366,11 +366,17 @@ def only_writer(work: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is making {work.parent}; wait for it or take another --out") from None
-        for part in [*work.glob("*/*.gone"), *work.glob("*/*.part")]:
-            # renamed first: a worker of a killed run, in its last moment, must not publish it half removed
-            with suppress(FileNotFoundError):  # it has just been published
-                shutil.rmtree(part.rename(part.with_suffix(".gone")), ignore_errors=True)
+        remove_parts(work)
         yield
+        remove_parts(work)  # of workers that died on the way
+
+
+def remove_parts(work: Path) -> None:
+    """What dead workers left half written."""
+    for part in [*work.glob("*/*.gone"), *work.glob("*/*.part")]:
+        # renamed first: a worker of a killed run, in its last moment, must not publish it half removed
+        with suppress(FileNotFoundError):  # it has just been published
+            shutil.rmtree(part.rename(part.with_suffix(".gone")), ignore_errors=True)
 
 
 def say(label: str, text: str, started: float) -> None:

@@ -285,6 +285,15 @@ def test_process_in_the_place_of_a_dead_one_ends_with_the_others(tmp_path):
     raise AssertionError(f"process {successor} lives on")
 
 
+def test_nothing_half_written_is_left_when_a_worker_died(tmp_path):
+    with stages.only_writer(tmp_path):
+        for name in ("read/a.host.1.part", "tokens/b.host.2.part", "tokens/whole"):
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "file").write_text("text")
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")}
+    assert left == {"tokens/whole"}
+
+
 def test_no_document_is_to_blame_for_what_happens_while_the_next_one_is_read(texts, tmp_path, monkeypatch):
     run = run_of(texts, tmp_path)
     stage = run.stage("read")
