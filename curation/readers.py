@@ -106,9 +106,11 @@ def unpack(opened: BinaryIO, name: str, stop: int) -> Iterator[bytes]:
                 if is_gzip
                 else zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             )
+        before = decoder.copy() if is_gzip else None
         try:
             data = decoder.decompress(waiting, 4 * CHUNK_BYTES) if is_gzip else decoder.decompress(waiting)
         except (zlib.error, zstandard.ZstdError):
+            yield from up_to_damage(before, waiting)
             raise DamagedError(f"damaged_{kind}") from None
         waiting = decoder.unconsumed_tail if is_gzip else b""
         if data:
@@ -118,6 +120,21 @@ def unpack(opened: BinaryIO, name: str, stop: int) -> Iterator[bytes]:
             decoder = None
     if decoder is not None and not opened.read(1):
         raise DamagedError(f"truncated_{kind}")
+
+
+def up_to_damage(decoder: Any, data: bytes) -> Iterator[bytes]:
+    """What a gzip decoder gives of data that it cannot read to the end: a call that fails gives nothing."""
+    step = 1 << 12
+    start = 0
+    while decoder is not None and start < len(data):
+        before = decoder.copy()
+        try:
+            yield decoder.decompress(data[start : start + step])
+            start += step
+        except zlib.error:
+            if step == 1:
+                return
+            decoder, step = before, max(step >> 4, 1)
 
 
 # ---- JSON lines

@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -156,7 +156,8 @@ class Run:
                 keys.append(task.key)
                 room -= task.size_bytes
         fates = [self.duplicates["fates"][key] for key in keys]
-        chosen = [self.settings.vocab_size, self.recipe.tokenizer_sample_mb, code_version("tokenizer", "steps")]
+        chosen = [self.settings.vocab_size, self.recipe.tokenizer_sample_mb]
+        chosen.append(code_version("tokenizer", "merges", "steps"))
         values = {"pieces": keys, "fates": self.duplicates_task.key}
         return Task(key=key_of([keys, fates, chosen]), size_bytes=0, values=values)
 
@@ -179,7 +180,7 @@ class Run:
 
     @cached_property
     def token_tasks(self) -> dict[str, list[Task]]:
-        code = [code_version("tokenizer", "steps"), self.stock("tokenizer")]
+        code = [code_version("tokenizer", "merges", "steps"), self.stock("tokenizer")]
         return {
             source: [
                 Task(
@@ -365,9 +366,17 @@ def only_writer(work: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is making {work.parent}; wait for it or take another --out") from None
-        for part in work.glob("*/*.part"):
-            shutil.rmtree(part, ignore_errors=True)
+        remove_parts(work)
         yield
+        remove_parts(work)  # of workers that died on the way
+
+
+def remove_parts(work: Path) -> None:
+    """What dead workers left half written."""
+    for part in [*work.glob("*/*.gone"), *work.glob("*/*.part")]:
+        # renamed first: a worker of a killed run, in its last moment, must not publish it half removed
+        with suppress(FileNotFoundError):  # it has just been published
+            shutil.rmtree(part.rename(part.with_suffix(".gone")), ignore_errors=True)
 
 
 def say(label: str, text: str, started: float) -> None:

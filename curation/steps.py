@@ -10,6 +10,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,12 @@ class Ledger:
 
     def __init__(self, keep_dropped: bool):
         self.keep_dropped = keep_dropped
+        self.dropped_file: Any = None  # takes a line for each document that is dropped, where they are kept
         self.begin()
 
     def begin(self) -> None:
         self.documents_in = self.text_bytes_in = 0
         self.dropped: dict[str, dict[str, Any]] = {}
-        self.records: list[dict[str, Any]] = []  # all that was dropped, if it is to be kept
         self.kept = {"documents": 0, "text_bytes": 0}
         self.benchmarks: Counter[str] = Counter()  # of the evaluation items that were found
         self.lengths: Counter[int] = Counter()
@@ -106,8 +107,9 @@ class Ledger:
             self.benchmarks[evidence["benchmark"]] += 1
         if len(entry["examples"]) < EXAMPLES:
             entry["examples"].append({**record, "text": document.text[:EXAMPLE_CHARACTERS]})
-        if self.keep_dropped:
-            self.records.append({**record, "text": document.text})
+        if self.dropped_file is not None:
+            line = {**record, "text": document.text}
+            self.dropped_file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def keep(self, document: Document) -> None:
         self.kept["documents"] += 1
@@ -181,7 +183,7 @@ class PieceReader(BaseReader):
                 continue
             progress.at(raw.id, n_bytes)
             yield document
-        progress.done()
+            progress.done()  # what happens while the next one is read is not this one's fault
 
 
 class ApplyRules(PipelineStep):
@@ -252,7 +254,11 @@ class PieceWriter(PipelineStep):
         m = self.minhash
         ids, digests, keys, sketches, sizes = [], [], [], [], []
         with committed(task_folder(self.work, "read", task.key)) as folder:
-            with zstandard.open(folder / "documents.jsonl.zst", "wb") as file:
+            with ExitStack() as stack:
+                file = stack.enter_context(zstandard.open(folder / "documents.jsonl.zst", "wb"))
+                if self.ledger.keep_dropped:
+                    dropped = zstandard.open(folder / "dropped.jsonl.zst", "wb")
+                    self.ledger.dropped_file = stack.enter_context(dropped)
                 for document in data:
                     digest, bands = fingerprint(document.text, m.ngram_words, m.bands, m.rows)
                     ids.append(id_hash(document.id))
@@ -271,10 +277,7 @@ class PieceWriter(PipelineStep):
                 sizes=np.array(sizes, np.int64),
             )
             np.save(folder / "keys.npy", np.ascontiguousarray(np.array(keys, np.uint64).reshape(-1, m.bands).T))
-            if self.ledger.keep_dropped:
-                with zstandard.open(folder / "dropped.jsonl.zst", "wb") as file:
-                    for entry in self.ledger.records:
-                        file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+            self.ledger.dropped_file = None
             source = task.values["piece"]["source"]
             write_json(folder / "ledger.json", self.ledger.values(source, task.values["name"]))
 
@@ -495,7 +498,7 @@ class FateReader(BaseReader):
                 metadata = {"fate": int(fate), "order": int(n), "text_bytes": n_bytes, "poisonous": poisonous}
                 progress.at(record["id"], n_bytes)
                 yield Document(text=record["text"], id=record["id"], metadata=metadata)
-        progress.done()
+                progress.done()
 
 
 # Columns of a piece's table of documents: start and length in its tokens.bin, first and second half of the id's hash.

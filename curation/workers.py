@@ -60,6 +60,10 @@ class Worker:
         self.seen, self.seen_at = self.pulse.read(), time.monotonic()
         return self.pool.submit(run_task, job.executor, job.rank)
 
+    def stop(self) -> None:
+        """Ends the process when it has done its task: the present one, not one that died before."""
+        self.pool.shutdown(cancel_futures=True)
+
     def kill(self) -> None:
         for process in list((self.pool._processes or {}).values()):
             process.kill()
@@ -147,7 +151,7 @@ def worker_processes(n: int, work: Path) -> Iterator[list[Worker]]:
         try:
             for number in range(n):
                 workers.append(Worker(number, work))
-                stack.callback(workers[-1].pool.shutdown, cancel_futures=True)
+                stack.callback(workers[-1].stop)
             yield workers
         except BaseException:
             for worker in workers:  # not worth waiting for: the next run does their tasks again

@@ -346,3 +346,16 @@ def test_file_that_no_source_lists_twice_keeps_its_own_name():
     part = FilePart(file=InputFile(name="a/b.txt", path="/nowhere", size_bytes=3), start=0, stop=3, size_bytes=3)
     (document,) = read_piece(source, Piece(source="s", parts=(part,)))
     assert (document.id, document.problem) == ("s/a/b.txt", "unreadable_file")
+
+
+@pytest.mark.parametrize("n", [1, 60_000])
+def test_lines_before_a_wrong_checksum_of_gzip_survive(tmp_path, n):
+    """zlib gives nothing of a call that fails, and a small file is one call."""
+    lines = [json.dumps({"text": f"line {i} {random.Random(i).random()}"}).encode() + b"\n" for i in range(n)]
+    packed = bytearray(gzip.compress(b"".join(lines)))
+    packed[-6] ^= 1
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    source = replace(OWN, folder=str(tmp_path))
+    (piece,) = make_pieces(source, list_files(source), 10**9)
+    documents = list(read_piece(source, piece))
+    assert [document.problem for document in documents] == [None] * n + ["damaged_gzip"]

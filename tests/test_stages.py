@@ -270,6 +270,52 @@ def test_task_without_network_is_tried_again_after_the_others(tmp_path, monkeypa
     assert (tmp_path / "tried").read_text() == {2: "01200", 3: "01200"}[n_failures]
 
 
+def test_process_in_the_place_of_a_dead_one_ends_with_the_others(tmp_path):
+    with worker_processes(1, tmp_path) as (worker,):
+        worker.kill()
+        worker.pool.shutdown()
+        worker.start()
+        successor = worker.pool.submit(os.getpid).result()
+    for _ in range(100):  # its fork server waits for it
+        try:
+            os.kill(successor, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {successor} lives on")
+
+
+def test_nothing_half_written_is_left_when_a_worker_died(tmp_path):
+    with stages.only_writer(tmp_path):
+        for name in ("read/a.host.1.part", "tokens/b.host.2.part", "tokens/whole"):
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "file").write_text("text")
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")}
+    assert left == {"tokens/whole"}
+
+
+def test_no_document_is_to_blame_for_what_happens_while_the_next_one_is_read(texts, tmp_path, monkeypatch):
+    run = run_of(texts, tmp_path)
+    stage = run.stage("read")
+    ((group, plan, _),) = pending(stage, tmp_path, Share())
+    reader = group.pipeline(plan)[0]
+    seen, read = [], steps.read_piece
+
+    def watched(*arguments):
+        for document in read(*arguments):
+            seen.append(work.Pulse(tmp_path / "pulse").read()[3])
+            yield document
+
+    monkeypatch.setattr(steps, "read_piece", watched)
+    work.start_pulse(tmp_path / "pulse")
+    try:
+        documents = reader.run(None, 0, len(group.tasks))
+        at = [(document.id, work.Pulse(tmp_path / "pulse").read()[3]) for document in documents]
+        assert set(seen) == {""} and len(at) == 135 and all(a == b for a, b in at)
+    finally:
+        work._pulse = None
+
+
 def test_after_a_death_less_is_read_at_once(tmp_path):
     assert read_attempts(tmp_path, "0" * 64).smaller(1000) == 1000
     for n, rows in ((1, 125), (2, 15), (3, 1), (4, 1)):
