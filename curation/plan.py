@@ -55,13 +55,14 @@ RATES = {
     "train tokenizer": 5.31,
     "tokenize by a tokenizer.model": 21.6,
     "tokenize by a tokenizer.json": 15.7,
-    "gather": 123,
+    "gather": 1430,
     "tables": 1670,
     "hash": 1510,
 }  # fmt: skip
 
-DUPLICATES_PER_S = 300_000  # documents that one core decides about, and
-DUPLICATES_BYTES = 120  # memory for each of them: curation.contests, scale
+# Documents in a CPU second, and bytes of memory for each: python -m curation.contests --corpus DIR --only scale
+DUPLICATES_PER_S = 500_000
+DUPLICATES_BYTES = 150
 MIXTURE_PER_S = 3_000_000
 MIXTURE_BYTES = 80
 PACKED = 0.31  # bytes of documents.jsonl.zst for a byte of text
@@ -479,7 +480,6 @@ def print_plan(settings: Settings, mirror: Path | None, workers: int) -> None:
         "tokens",
         "budget",
         "epochs",
-        "licence",
     )
     for column in columns:
         table.add_column(column, justify="left" if column in ("source", "by") else "right")
