@@ -70,8 +70,8 @@ PRINT_BYTES = 16 + 16 + 16 + 8 + 14 * 8  # a document's ids, digests, sketches, 
 FATE_BYTES = 1 + 16
 TABLE_BYTES = 1 + 8 + 16 + 8 + 8 + 8  # a document's row in the table of a piece's tokens
 SHARD_BYTES = 16 + 8  # a document's row in a shard
-WORKER_MB = 400  # of memory of a process of the stages read and tokens at its peak
-TRAINER_BYTES = 4.0  # of memory for a byte of the text that a tokenizer is trained on
+WORKER_MB = 300  # of memory at the peak: a process with the rules of `web`; one of the stage tokens has 220
+TRAINER_BYTES = 12  # of memory for a byte of the text that a tokenizer is trained on, from 40 MB of it
 
 
 # ---- what was published

@@ -24,11 +24,12 @@ from curation.steps import TRAIN, DecideFates, PlanShards, ShardWriter
 from curation.work import Task, key_of, planned, task_folder, write_plan
 
 N_SHARDS, SHARD_TOKENS, SHARD_DOCUMENTS = 1500, 1 << 26, 54_000
-N_PIECES = 3000
+N_PIECES = 5000  # of all sources, and
+SOURCE_PIECES = 3000  # of one
 N_DOCUMENTS = 10**7  # of the duplicates and of the cut; what 100 billion tokens have is ten times that
 TIMES = 10
 PIECES, PIECE_DOCUMENTS = 250, 17_000  # of which one shard is gathered
-DECIDED = 1000  # documents in each of N_PIECES whose fates are decided
+DECIDED = 600  # documents in each of N_PIECES whose fates are decided
 OPEN_FILES = 1024  # at once, what most systems allow a process
 BANDS = MinHash().bands
 HASH = "0" * 64
@@ -125,7 +126,7 @@ def plan_pieces(work: Path) -> tuple[float, float]:
 
 def plan_shards(work: Path) -> tuple[float, float]:
     """MB of the plan of the stage `shards`, each of whose tasks names every piece, and seconds to read it."""
-    keys = [key_of(i) for i in range(N_PIECES)]
+    keys = [key_of(i) for i in range(SOURCE_PIECES)]
     common = {"source": "web", "split": "train", "pieces": keys, "from": 0, "to": 1}
     path = work / "plans" / "shards.json"
     write_plan(path, [Task(key=keys[i], size_bytes=1 << 27, values=common) for i in range(N_SHARDS // 2)])
@@ -141,7 +142,7 @@ def planning(work: Path) -> list[Contest]:
     return [
         row(f"plan {N_PIECES:,} pieces", "seconds", made, 2, f"each task finds its own in {found * 1e3:.0f} ms"),
         row(
-            f"plan {N_SHARDS // 2} shards of {N_PIECES:,} pieces", "seconds for each task to read it", read, 5,
+            f"plan {N_SHARDS // 2} shards of {SOURCE_PIECES:,} pieces", "seconds for each task to read it", read, 5,
             f"{n_mb:.0f} MB, {shards.peak_rss_mb:.0f} MB of memory",
         ),
     ]  # fmt: skip
