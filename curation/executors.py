@@ -50,7 +50,7 @@ def pending(stage: Stage, work: Path, share: Share) -> list[tuple[Group, Path, l
         tasks = sorted(group.tasks, key=lambda task: (-task.size_bytes, task.key))[share.index :: share.of]
         left = [task for task in tasks if not task_folder(work, stage.name, task.key).is_dir()]
         if left:
-            plan = work / "plans" / f"{stage.name}-{group.name}-{share}.json"
+            plan = work / "plans" / f"{stage.name}-{group.name}-{share}.jsonl"
             write_plan(plan, left)
             plans.append((group, plan, left))
     return plans

@@ -55,13 +55,14 @@ RATES = {
     "train tokenizer": 5.31,
     "tokenize by a tokenizer.model": 21.6,
     "tokenize by a tokenizer.json": 15.7,
-    "gather": 123,
+    "gather": 1430,
     "tables": 1670,
     "hash": 1510,
 }  # fmt: skip
 
-DUPLICATES_PER_S = 300_000  # documents that one core decides about, and
-DUPLICATES_BYTES = 120  # memory for each of them: curation.contests, scale
+# Documents in a CPU second, and bytes of memory for each: python -m curation.contests --corpus DIR --only scale
+DUPLICATES_PER_S = 500_000
+DUPLICATES_BYTES = 150
 MIXTURE_PER_S = 3_000_000
 MIXTURE_BYTES = 80
 PACKED = 0.31  # bytes of documents.jsonl.zst for a byte of text
@@ -69,8 +70,8 @@ PRINT_BYTES = 16 + 16 + 16 + 8 + 14 * 8  # a document's ids, digests, sketches, 
 FATE_BYTES = 1 + 16
 TABLE_BYTES = 1 + 8 + 16 + 8 + 8 + 8  # a document's row in the table of a piece's tokens
 SHARD_BYTES = 16 + 8  # a document's row in a shard
-WORKER_MB = 400  # of memory of a process of the stages read and tokens at its peak
-TRAINER_BYTES = 4.0  # of memory for a byte of the text that a tokenizer is trained on
+WORKER_MB = 300  # of memory at the peak: a process with the rules of `web`; one of the stage tokens has 220
+TRAINER_BYTES = 12  # of memory for a byte of the text that a tokenizer is trained on, from 40 MB of it
 
 
 # ---- what was published
@@ -479,7 +480,6 @@ def print_plan(settings: Settings, mirror: Path | None, workers: int) -> None:
         "tokens",
         "budget",
         "epochs",
-        "licence",
     )
     for column in columns:
         table.add_column(column, justify="left" if column in ("source", "by") else "right")

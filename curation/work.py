@@ -1,7 +1,7 @@
 """Units of work: each is known by a key of everything that decides its output, and its output appears whole or not.
 
     work/<stage>/<key>/         the finished output of one task, renamed into place
-    work/plans/<stage>...json   the tasks that one run of a stage does, longest first; task r is datatrove's rank r
+    work/plans/<stage>...jsonl  the tasks that one run of a stage does, longest first; task r is datatrove's rank r
     work/attempts/<key>.json    how often a process died over a task, and over which document
 
 A key covers the settings of the stage, its code, and the keys of what it reads. So a task that is there is never done
@@ -87,16 +87,22 @@ def sync(path: Path) -> None:
 
 
 def write_plan(path: Path, tasks: Sequence[Task]) -> None:
+    """One line a task: the plan of all shards of 100 billion tokens has 150 MB."""
     with new_file(path) as file:
-        file.write(json.dumps([asdict(task) for task in tasks]).encode())
+        file.writelines(json.dumps(asdict(task)).encode() + b"\n" for task in tasks)
 
 
 def planned(path: Path, rank: int, world_size: int) -> Task:
     """Task `rank` of a plan; a datatrove executor has one rank for each task."""
-    tasks = json.loads(path.read_bytes())
-    if len(tasks) != world_size:
-        raise ValueError(f"{path} has {len(tasks)} tasks; the executor runs {world_size}: give it as many tasks")
-    return Task(**tasks[rank])
+    n_tasks, mine = 0, b""
+    with open(path, "rb") as file:
+        for line in file:
+            if n_tasks == rank:
+                mine = line
+            n_tasks += 1
+    if n_tasks != world_size:
+        raise ValueError(f"{path} has {n_tasks} tasks; the executor runs {world_size}: give it as many tasks")
+    return Task(**json.loads(mine))
 
 
 # ---- what a process is doing, for whoever watches it
