@@ -62,7 +62,8 @@ def run_merges(
     gives the ids of the whole text from their numbers in `tokens`.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    merge = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_ordinary
+    encoding = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    merge = encoding._core_bpe.encode_ordinary  # its core alone: the rest would keep all ranks a second time
     id_of = np.array([ids[0] if len(ids) == 1 else -1 for ids in tokens.values()])
 
     def encode(text: str) -> np.ndarray:

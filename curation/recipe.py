@@ -169,7 +169,7 @@ RECIPES = {
         on_short="renormalise",
         heldout_percent=0.05,
         min_heldout_documents=20,
-        tokenizer_sample_mb=2000,
+        tokenizer_sample_mb=500,
     ),
     "fineweb-edu-medqa": Recipe(
         description="educational web pages, and a tenth of medical examination questions as far as their epochs reach",
@@ -194,7 +194,7 @@ RECIPES = {
         on_short="renormalise",
         heldout_percent=0.05,
         min_heldout_documents=20,
-        tokenizer_sample_mb=2000,
+        tokenizer_sample_mb=500,
     ),
     "alpaca": Recipe(
         description="instructions and responses; not for commercial use",
