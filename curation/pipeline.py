@@ -45,6 +45,7 @@ def curate(
         if not update:
             refuse_other_settings(manifest, settings.resolved(), out)
     from curation.executors import Share, run_local, run_ray  # datatrove loads only when there is work
+    from curation.report import write_report
     from curation.stages import Run, build, only_writer, unused_folders
     from curation.workers import worker_processes
 
@@ -58,7 +59,8 @@ def curate(
             with worker_processes(n_workers, work) as workers:
                 manifest = build(run, out, lambda stage: run_local(stage, work, Share(), workers))
     print_funnel(manifest)
-    print(f"{out} is complete; check it with: python -m curation.shards verify {out}")
+    page = write_report(out)[0]
+    print(f"{out} is complete; look at it: {page}; check it: python -m curation.shards verify {out}")
     unused = unused_folders(run)
     for folder in unused if prune else []:
         shutil.rmtree(folder)
@@ -173,6 +175,7 @@ def share_of(text: str) -> tuple[int, int]:
 def do_share(settings: Settings, out: Path, n_workers: int, mirror: Path | None, stage: str, share: str) -> None:
     """Our share of one stage, beside other hosts that do theirs in the same folder."""
     from curation.executors import Share
+    from curation.report import write_report
     from curation.stages import NAMES, Run, build, run_share
     from curation.workers import worker_processes
 
@@ -192,6 +195,7 @@ def do_share(settings: Settings, out: Path, n_workers: int, mirror: Path | None,
             raise ValueError(f"stage {stage.name} has tasks left; do them first: --stage {stage.name} --share ...")
 
         print_funnel(build(run, out, nothing_left))
+        write_report(out)
 
 
 def write_slurm(arguments: list[str], folder: Path, jobs: int, time: str, partition: str, cpus: int, mem: int) -> None:

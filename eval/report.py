@@ -16,17 +16,24 @@ from itertools import accumulate
 from pathlib import Path
 
 import jinja2
-import plotly.graph_objects as go
-import plotly.io
 from plotly.offline import get_plotlyjs
 
+from curation.figures import (
+    COLORS,
+    FAINT,
+    INK,
+    escape,
+    fragment,
+    legend,
+    new_figure,
+    page_style,
+    short,
+    source_colors,
+)
 from curation.shards import manifest_sha256, new_file, read_manifest
 from eval.scoreboard import shown, verdict, with_error
 from train.run_dir import RunDir, read_json, read_metrics
 
-INK, FAINT, GRID = "#1d2733", "#a9b4c0", "#e6eaee"
-COLORS = ("#2f6fb0", "#e08a2c", "#3f9a6b", "#b5486b", "#7a63b8", "#8a6d4b", "#2aa1b3", "#6b7683")  # one a source
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
 MAX_STEPS = 8  # of the funnel's picture; its table has every rule
 MAX_POINTS = 2000  # of a curve; more than the page has pixels
 
@@ -71,7 +78,7 @@ def build_report(path):
         checkpoint=newest,
         figures=make_figures(manifest, metrics, history),
         plotly_js=get_plotlyjs(),
-        font=FONT,
+        style=page_style(),
     )
 
 
@@ -124,14 +131,6 @@ def add(counts):
     return {key: sum(c.get(key, 0) for c in counts) for key in ("documents", "tokens", "text_bytes")}
 
 
-def short(n):
-    """12_345_678 -> "12.3 M"."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n:.3g}"
-
-
 # ---- pictures
 
 
@@ -153,44 +152,15 @@ def make_figures(manifest, metrics, history):
     return {name: (legend(figure), fragment(name, figure)) for name, figure in figures.items()}
 
 
-def legend(figure):
-    """[(label, color)] of a picture with more than one set of marks. The page writes it: it wraps on any width."""
-    marks = [(trace.name, trace.marker.color or trace.line.color) for trace in figure.data]
-    return marks if len(marks) > 1 else []
-
-
-def fragment(name, figure):
-    config = {"displayModeBar": False, "responsive": True}
-    return plotly.io.to_html(figure, include_plotlyjs=False, full_html=False, div_id=f"figure-{name}", config=config)
-
-
-def new_figure(height, x_title=None, y_title=None, **layout):
-    figure = go.Figure(
-        layout=dict(
-            height=height, margin={"l": 8, "r": 8, "t": 8, "b": 8}, font={"family": FONT, "size": 13, "color": INK},
-            paper_bgcolor="white", plot_bgcolor="white", hoverlabel={"font_family": FONT}, dragmode=False,
-            showlegend=False, **layout,
-        )
-    )  # fmt: skip
-    axis = {"gridcolor": GRID, "linecolor": FAINT, "zeroline": False, "automargin": True}
-    figure.update_xaxes(title=x_title, **axis)
-    figure.update_yaxes(title=y_title, **axis)
-    return figure
-
-
 def thin(rows):
     """At most MAX_POINTS of the rows, evenly spaced, the last one among them."""
     return rows[::-1][:: -(-len(rows) // MAX_POINTS)][::-1]
 
 
-def source_colors(sources):
-    return {source: COLORS[i % len(COLORS)] for i, source in enumerate(sorted(sources))}
-
-
 def funnel_figure(funnel):
     """What is left after each rule, in MB of text, stacked by source; the rules that dropped little are one step."""
     rules = rules_by_weight(funnel)
-    steps = {f"− {rule}": [rule] for rule in rules[:MAX_STEPS]}
+    steps = {f"− {escape(rule)}": [rule] for rule in rules[:MAX_STEPS]}
     if rest := rules[MAX_STEPS:]:
         steps[f"− {len(rest)} other rules"] = rest
     left = {source: entry["read"]["text_bytes"] for source, entry in funnel.items()}
@@ -205,7 +175,7 @@ def funnel_figure(funnel):
     figure = new_figure(60 + 32 * len(stages), "MB of text left", barmode="stack", bargap=0.25)
     for source, color in source_colors(funnel).items():
         figure.add_bar(
-            orientation="h", name=source, marker_color=color, y=[label for label, _ in stages],
+            orientation="h", name=escape(source), marker_color=color, y=[label for label, _ in stages],
             x=[counts[source] / 1e6 for _, counts in stages], hovertemplate="%{y}: %{x:,.1f} MB",
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False)
@@ -257,7 +227,12 @@ def heldout_figure(metrics, history):
     for source, color in source_colors(rows[0]["heldout_bits_per_byte_by_source"]).items():
         y = [row["heldout_bits_per_byte_by_source"].get(source) for row in rows]
         figure.add_scatter(
-            x=tokens, y=y, name=source, mode="lines+markers", line={"color": color, "width": 1.6}, marker_size=5
+            x=tokens,
+            y=y,
+            name=escape(source),
+            mode="lines+markers",
+            line={"color": color, "width": 1.6},
+            marker_size=5,
         )
     y = [row["heldout_bits_per_byte"] for row in rows]
     figure.add_scatter(x=tokens, y=y, name="all", mode="lines+markers", line={"color": INK, "width": 3}, marker_size=6)
@@ -275,7 +250,7 @@ def heldout_figure(metrics, history):
 def yardstick_figure(held_out):
     """Bars of bits per byte for all and for each source: the model (with 95 % interval), gzip -9, unigram."""
     rows = {"all": held_out["overall"], **held_out["sources"]}
-    names = [f"<b>{name}</b>" if name == "all" else name for name in rows]
+    names = [f"<b>{name}</b>" if name == "all" else escape(name) for name in rows]
     figure = new_figure(50 + 72 * len(rows), "bits per byte", barmode="group", bargap=0.25)
     strokes = {**intervals(rows.values()), "color": INK, "thickness": 1.4, "width": 4}
     for key, name, color, text_color in (

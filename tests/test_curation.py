@@ -365,7 +365,7 @@ def test_finished_folder_is_whole_and_holds_nothing_unlisted(unbroken):
     assert shards_main(["verify", str(out)]) == 0
     paths = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
     names = {path.as_posix() for path in paths if path.parts[0] != "work"}
-    assert names == {"manifest.json", *read_manifest(out)["files"]}
+    assert names == {"manifest.json", "report.html", "README.md", *read_manifest(out)["files"]}
     assert f"{out} is complete" in stdout and "near_duplicate" in stdout
 
 

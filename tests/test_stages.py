@@ -65,11 +65,11 @@ def curate(texts, out, *flags):
 
 
 def contents(out):
-    """Every file of a data folder and the manifest, without what may differ: when and with what versions."""
+    """Every file of a data folder and the manifest, without what may differ: when, and the examples in its report."""
     files = {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.relative_to(out).parts[0] != "work"
+        if path.is_file() and path.relative_to(out).parts[0] not in ("work", "report.html", "README.md")
     }
     manifest = json.loads(files.pop("manifest.json"))
     for name in ("created_utc", "sha256", "key"):
