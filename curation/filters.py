@@ -253,6 +253,7 @@ class GopherRepetition:
     max_duplicate_ngram: tuple[tuple[int, float], ...] = (
         (5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10),
     )  # fmt: skip
+    ngram_characters: int = 4_000_000  # n-grams are sought in so much of a text: memory has a bound
 
     def check(self, text: str, metadata: Metadata, split: Split = OURS) -> str | None:
         if not text:
@@ -270,6 +271,7 @@ class GopherRepetition:
             if max_characters is not None and duplicate_characters > max_characters * len(text):
                 return f"duplicate_{unit}_characters"
 
+        text = text[: self.ngram_characters]
         words = split.words(text)
         if self.max_top_ngram:
             sums = word_sums(words, gap=1)

@@ -198,6 +198,13 @@ def test_repetition_in_a_long_text_takes_little_memory(vocabulary):
     assert peak < 120 * 250_000  # bytes a word; 168 with a set of Python's numbers
 
 
+def test_ngrams_are_sought_in_the_beginning_of_a_long_text():
+    plain, again = " ".join(f"w{i}" for i in range(3000)), "going home again now " * 1500
+    lines_may = {"max_duplicate_lines": None, "max_duplicate_line_characters": None}
+    assert GopherRepetition(**lines_may).check(f"{plain} {again}", {}) == "top_2gram"
+    assert GopherRepetition(**lines_may, ngram_characters=len(plain)).check(f"{plain} {again}", {}) is None
+
+
 def test_short_texts_have_no_ngrams():
     sums = word_sums(words_of("two words"), gap=0)
     assert top_ngram_characters(sums, 4, limit=0) == 0
