@@ -243,56 +243,55 @@ class Run:
 
     # ---- the stages
 
+    def tasks(self, name: str) -> dict[str, list[Task]]:
+        """The tasks of a stage, in groups that share a pipeline; the stages before it must be done."""
+        match name:
+            case "read":
+                return self.read_tasks
+            case "duplicates":
+                return {"all": [self.duplicates_task]}
+            case "tokenizer":
+                return {"all": [self.tokenizer_task] if self.settings.tokenizer is None else []}
+            case "tokens":
+                return self.token_tasks
+            case "mixture":
+                return {"all": [self.mixture_task]}
+            case "shards":
+                return {"all": [task for of_source in self.shard_tasks.values() for task in of_source]}
+            case "texts":
+                return {"all": [self.texts_task]}
+        raise ValueError(f"unknown stage {name!r}; allowed: {', '.join(NAMES)}")
+
+    def pipeline(self, name: str, group: str, plan: Path) -> list[PipelineStep]:
+        """The datatrove steps that do the tasks of a plan."""
+        recipe, settings, work = self.recipe, self.settings, self.work
+        match name:
+            case "read":
+                return self.read_pipeline(self.sources[group], plan)
+            case "duplicates":
+                decide = StockFates if "dedup" in settings.stock else DecideFates
+                across, least = recipe.near_duplicates_across, recipe.min_heldout_documents
+                sources = tuple(self.sources)
+                return [decide(work, plan, recipe.minhash, across, settings.heldout_percent, least, sources)]
+            case "tokenizer":
+                return [TrainTokenizer(work, plan, settings.vocab_size, recipe.tokenizer_sample_mb * 1e6, FILE_NAME)]
+            case "tokens":
+                if "tokenizer" in settings.stock:
+                    return [FateReader(work, plan), StockTokenWriter(work, plan, self.tokenizer_file, self.header)]
+                return [FateReader(work, plan), TokenWriter(work, plan, self.tokenizer_file)]
+            case "mixture":
+                return [PlanShards(work, plan, recipe.shard_tokens)]
+            case "shards":
+                return [ShardWriter(work, plan, self.header)]
+        return [TextWriter(work, plan, recipe.task_items, recipe.documents_for_items)]
+
     def stage(self, name: str) -> Stage:
         """The stage of this name; those before it must be done."""
-        recipe, work = self.recipe, self.work
-        if name == "read":
-            groups = [
-                Group(name=source, tasks=tasks, pipeline=partial(self.read_pipeline, self.sources[source]))
-                for source, tasks in self.read_tasks.items()
-            ]
-            return Stage(name=name, groups=groups)
-        if name == "tokens":
-            writer: Any = TokenWriter
-            if "tokenizer" in self.settings.stock:
-                writer = partial(StockTokenWriter, header=self.header)
-            steps: Callable[[Path], list[PipelineStep]] = lambda plan: [  # noqa: E731
-                FateReader(work, plan),
-                writer(work, plan, self.tokenizer_file),
-            ]
-            groups = [Group(name=source, tasks=tasks, pipeline=steps) for source, tasks in self.token_tasks.items()]
-            return Stage(name=name, groups=groups)
-        if name == "shards":
-            tasks = [task for of_source in self.shard_tasks.values() for task in of_source]
-            return one_group(name, tasks, lambda plan: [ShardWriter(work, plan, self.header)])
-        if name == "duplicates":
-            decide = StockFates if "dedup" in self.settings.stock else DecideFates
-            return one_group(
-                name,
-                [self.duplicates_task],
-                lambda plan: [
-                    decide(
-                        work,
-                        plan,
-                        recipe.minhash,
-                        recipe.near_duplicates_across,
-                        self.settings.heldout_percent,
-                        recipe.min_heldout_documents,
-                        tuple(self.sources),
-                    )
-                ],
-            )
-        if name == "tokenizer":
-            tasks = [self.tokenizer_task] if self.settings.tokenizer is None else []
-            sample = recipe.tokenizer_sample_mb * 1e6
-            size = self.settings.vocab_size
-            return one_group(name, tasks, lambda plan: [TrainTokenizer(work, plan, size, sample, FILE_NAME)])
-        if name == "mixture":
-            return one_group(name, [self.mixture_task], lambda plan: [PlanShards(work, plan, recipe.shard_tokens)])
-        if name == "texts":
-            step = partial(TextWriter, n_items=recipe.task_items, documents_for_items=recipe.documents_for_items)
-            return one_group(name, [self.texts_task], lambda plan: [step(work, plan)])
-        raise ValueError(f"unknown stage {name!r}; allowed: {', '.join(NAMES)}")
+        groups = [
+            Group(name=group, tasks=tasks, pipeline=partial(self.pipeline, name, group))
+            for group, tasks in self.tasks(name).items()
+        ]
+        return Stage(name=name, groups=groups)
 
     def read_pipeline(self, source: Source, plan: Path) -> list[PipelineStep]:
         ledger = Ledger(self.recipe.keep_dropped)
@@ -349,10 +348,6 @@ class Run:
             source: [read_json(task_folder(self.work, "read", task.key) / "ledger.json") for task in tasks]
             for source, tasks in self.read_tasks.items()
         }
-
-
-def one_group(name: str, tasks: list[Task], pipeline: Callable[[Path], list[PipelineStep]]) -> Stage:
-    return Stage(name=name, groups=[Group(name="all", tasks=tasks, pipeline=pipeline)])
 
 
 # ---- running
@@ -417,16 +412,12 @@ def run_share(run: Run, name: str, share: Share, workers: list[Worker]) -> None:
 
 def unused_folders(run: Run) -> list[Path]:
     """Finished tasks in the work folder that this run has no use for: of other settings, files or code."""
-    tasks = {
-        "read": [task for of_source in run.read_tasks.values() for task in of_source],
-        "duplicates": [run.duplicates_task],
-        "tokenizer": [run.tokenizer_task] if run.settings.tokenizer is None else [],
-        "tokens": [task for of_source in run.token_tasks.values() for task in of_source],
-        "mixture": [run.mixture_task],
-        "shards": [task for of_source in run.shard_tasks.values() for task in of_source],
-        "texts": [run.texts_task],
+    used = {
+        task_folder(run.work, name, task.key)
+        for name in NAMES
+        for of_group in run.tasks(name).values()
+        for task in of_group
     }
-    used = {task_folder(run.work, name, task.key) for name, of_stage in tasks.items() for task in of_stage}
     return [path for name in NAMES for path in sorted((run.work / name).glob("*")) if path not in used]
 
 

@@ -20,7 +20,7 @@ from curation.mixture import cut
 from curation.recipe import MinHash
 from curation.shards import SHARD, ShardHeader, open_stream, read_manifest, shard_prefix, write_manifest
 from curation.sources import FilePart, InputFile, Piece
-from curation.steps import TRAIN, DecideFates, PlanShards, ShardWriter
+from curation.steps import TABLE, TRAIN, DecideFates, PlanShards, ShardWriter
 from curation.work import Task, key_of, planned, task_folder, write_plan
 
 N_SHARDS, SHARD_TOKENS, SHARD_DOCUMENTS = 1500, 1 << 26, 54_000
@@ -280,15 +280,16 @@ def write_pieces(folder: Path) -> None:
             (place / "tokens.bin").hardlink_to(first)
         else:
             tokens.tofile(first)
-        np.savez(
-            place / "table.npz",
-            fate=np.full(PIECE_DOCUMENTS, TRAIN, np.uint8),
-            order=np.sort(random.integers(0, 1 << 63, PIECE_DOCUMENTS).astype(np.uint64)),
-            ids=random.integers(0, 1 << 63, (PIECE_DOCUMENTS, 2)).astype(np.uint64),
-            starts=starts.astype(np.uint64),
-            lengths=lengths.astype(np.uint64),
-            text_bytes=4 * lengths.astype(np.uint64),
-        )
+        columns = {
+            "fate": np.full(PIECE_DOCUMENTS, TRAIN),
+            "order": np.sort(random.integers(0, 1 << 63, PIECE_DOCUMENTS)),
+            "id_first": random.integers(0, 1 << 63, PIECE_DOCUMENTS),
+            "id_second": random.integers(0, 1 << 63, PIECE_DOCUMENTS),
+            "start": starts,
+            "length": lengths,
+            "text_bytes": 4 * lengths,
+        }
+        np.save(place / "table.npy", np.stack([columns[name] for name in TABLE]).astype(np.uint64))
     stop = (1 << 63) * SHARD_TOKENS // (PIECES * len(tokens))
     values = {"source": "web", "split": "train", "pieces": keys, "from": 0, "to": stop}
     write_plan(folder / "plan.json", [Task(key=key_of("shard"), size_bytes=1, values=values)])

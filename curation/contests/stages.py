@@ -49,7 +49,7 @@ from curation.shards import (
 )
 from curation.sources import MB, OWN, list_files, make_pieces
 from curation.stages import Run, build, run_stage
-from curation.steps import Ledger, PieceReader
+from curation.steps import TABLE, Ledger, PieceReader
 from curation.tokenizer import SEPARATOR, load_tokenizer
 from curation.work import Task, task_folder
 from curation.workers import Worker, run_task, worker_processes
@@ -732,7 +732,8 @@ def memory_ours(texts: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
     for name in ("read", "duplicates", "tokens"):
         peaks[name] = measured(run, name)
     (task,) = run.token_tasks["own"]
-    peaks["longest"] = int(np.load(task_folder(work, "tokens", task.key) / "table.npz")["text_bytes"].max())
+    table = np.load(task_folder(work, "tokens", task.key) / "table.npy")
+    peaks["longest"] = int(table[TABLE.index("text_bytes")].max())
     # All of them look at the long document, but for the limit of words that would end its way.
     rules = tuple(replace(rule, max_words=None) if isinstance(rule, GopherQuality) else rule for rule in CHAIN)
     RECIPES["own"] = replace(RECIPES["own"], rules={"own": rules})
