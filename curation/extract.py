@@ -70,8 +70,10 @@ def documented(node: ast.AST, name: str = "") -> Iterator[tuple[str, str]]:
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
             continue  # no definition stands inside an expression
-        is_named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        yield from documented(child, f"{name}.{child.name}".lstrip(".") if is_named else name)
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from documented(child, f"{name}.{child.name}".lstrip("."))
+        else:
+            yield from documented(child, name)
 
 
 def help_topics(source: str) -> dict[str, str]:
@@ -172,6 +174,7 @@ def manual_page(page: str) -> str | None:
     out: list[str] = []  # finished lines
     paragraph: list[str] = []
     verbatim = False
+    tag_follows = False
     title = ""
 
     def end_paragraph(blank: bool = True) -> None:
@@ -199,7 +202,6 @@ def manual_page(page: str) -> str | None:
 
     lines = iter(page.splitlines())
     heading_follows = False
-    tag_follows = False
     for line in lines:
         if line.startswith((".ie n ", ".if n ")) and "\\{" not in line:
             line = line[6:].lstrip()

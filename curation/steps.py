@@ -646,9 +646,8 @@ class PlanShards(PipelineStep):
         """order, lengths and text_bytes of all documents of these pieces, by fate."""
 
         def column(fate: int, name: str, dtype: type) -> np.ndarray:
-            of_pieces = (
-                open_table(self.work, key, fate)[name].astype(dtype) for key in keys
-            )  # copies: no file stays open
+            # copies, so that no file stays open
+            of_pieces: Any = (open_table(self.work, key, fate)[name].astype(dtype) for key in keys)
             return np.concatenate([np.zeros(0, dtype), *of_pieces])
 
         return {

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from curation.contests.measure import Contest, measure
 from curation.decontaminate import Decontaminate, Item, build_index, read_items, read_rows
@@ -86,7 +87,7 @@ def make_case(corpus: Path) -> Case:
     ]
     draw = random.Random("decontamination")
     items = draw.sample([item for item in items if len(stem(item, draw).split()) > 3], N_PLANTED)
-    planted = {form: [] for form in FORMS}
+    planted: dict[str, list[Any]] = {form: [] for form in FORMS}
     for form, leak in FORMS.items():
         for item in items:
             host = draw.choice(clean)[1][:HOST_CHARACTERS]
@@ -255,7 +256,7 @@ def run_contests(corpus: Path, folder: Path) -> Iterator[Contest]:
 
 def missed(items: list[Item], found: list[bool]) -> str:
     """How many of each benchmark's were missed, those with the most first."""
-    counts = {}
+    counts: dict[str, Any] = {}
     for item, is_found in zip(items, found, strict=True):
         total, lost = counts.get(item.benchmark, (0, 0))
         counts[item.benchmark] = total + 1, lost + (not is_found)
