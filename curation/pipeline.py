@@ -155,6 +155,8 @@ def print_funnel(manifest: dict[str, Any]) -> None:
     )
     for message in manifest["messages"]:
         print(message)
+    if manifest["mixture"] and not manifest["settings"]["decontaminate"]:
+        print("not decontaminated: documents may hold items of evaluation suites; --decontaminate INDEX drops them")
 
 
 UNITS = {"text_bytes": "MB"}
@@ -240,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--prune", action="store_true", help="remove what the work folder has of other settings, files and code")
     add("--executor", choices=("local", "ray"), default="local", help="where tasks run (default: local)")
     add("--stage", help="do one stage only, or a --share of it")
-    add("--share", default="0/1", help="with --stage, i/n: every n-th task from the i-th, the rest on other hosts")
+    add("--share", help="with --stage, i/n: every n-th task from the i-th, the rest on other hosts")
     add("--slurm", type=Path, help="write Slurm scripts into this folder instead of running")
     add("--slurm-jobs", type=int, default=16, help="jobs of an array (default: 16)")
     add("--slurm-time", default="24:00:00", help="limit of a job (default: 24:00:00)")
@@ -252,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if flags.workers < 1:
             raise ValueError(f"--workers {flags.workers} is not a number of processes; give 1 or more")
+        if flags.share is not None and flags.stage is None:
+            raise ValueError(f"--share {flags.share} needs --stage: which stage is shared")
         if flags.mirror is not None and not flags.mirror.is_dir():
             raise ValueError(f"--mirror {flags.mirror} is not a folder")
         settings = Settings.chosen(
@@ -284,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
                 flags.slurm_mem_gb,
             )  # fmt: skip
         elif flags.stage is not None:
-            do_share(settings, out, flags.workers, flags.mirror, flags.stage, flags.share)
+            do_share(settings, out, flags.workers, flags.mirror, flags.stage, flags.share or "0/1")
         else:
             curate(settings, out, flags.workers, flags.mirror, flags.update, flags.prune, flags.executor == "ray")
     except (ValueError, OSError, RuntimeError) as error:

@@ -491,6 +491,7 @@ def test_second_run_on_the_same_folder_is_refused_while_the_first_lives(tmp_path
         (["--heldout-percent", "0"], "--heldout-percent 0 is not above 0 and at most 50"),
         (["--limit-mb", "-1"], "--limit-mb -1 reads nothing"),
         (["--workers", "0"], "--workers 0 is not a number of processes"),
+        (["--share", "0/2"], "--share 0/2 needs --stage"),
     ],
 )
 def test_wrong_flag_gets_one_line_and_exit_code_2(tmp_path, capsys, flags, message):
