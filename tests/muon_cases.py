@@ -83,6 +83,7 @@ if __name__ == "__main__":
     import deepspeed
 
     from model.weights import load_checkpoint
+    from train.launch import leave
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, as in train/loop.py
@@ -94,3 +95,4 @@ if __name__ == "__main__":
             run_case(out / f"stage{stage}_accum{grad_accum}", stage, grad_accum)
     for i, path in enumerate(earlier):
         run_case(out / f"from_{i}", 1 + i % 3, 1, load_checkpoint(path))
+    leave(0)

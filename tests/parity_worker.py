@@ -83,4 +83,7 @@ def main(data, out):
 
 
 if __name__ == "__main__":
+    from train.launch import leave
+
     main(*sys.argv[-2:])
+    leave(0)
