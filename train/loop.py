@@ -145,12 +145,13 @@ def train(config, origins=None, explain_for=None):
             if told.stop:
                 break
             if guard.in_a_row >= (config.rollback_after or WINDOW):
+                if saves.pending:
+                    saves.finish()
                 checkpoint = go_back(run_dir, step, guard, returns, metrics, say_on(rank))
                 passed += step - checkpoint.step
                 step = checkpoint.step
                 engine.destroy()
-                engine, guard = ready(plan, config, ds_config, checkpoint, None)
-                saves = Saves(engine, run_dir, config.keep, data.tokenizer_file, metrics)
+                engine, guard = saves.engine, _ = ready(plan, config, ds_config, checkpoint, None)
     if metrics:
         metrics.event(
             "finished" if step == plan.last_step else "stop", step, f"checkpoint: {run_dir.checkpoint(step)}"
