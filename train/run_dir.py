@@ -2,9 +2,11 @@
 
 runs/demo/
     config.json                     the resolved configuration, written before step 1
-    metrics.jsonl                   one object a step
+    metrics.jsonl, metrics.csv      one object, and one row, a step
+    events.jsonl                    what happened beside the steps: started, saved, stopped ...
     checkpoints/step_0000400/       see train/checkpoint.py
     best.json                       which of them has the lowest held-out loss
+    tensorboard/, trackers/         what train/trackers.py keeps
     eval/step_0000400.json          scores of that checkpoint
     report.html
 """
@@ -25,7 +27,7 @@ CHECKPOINT_PREFIX = "step_"
 MAY_CHANGE = frozenset({
     "run.data", "run.run", "run.stop_after", "run.micro_batch", "run.ds_config", "run.save_every", "run.keep",
     "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.timeout_minutes",
-    "run.preset", "run.kernels", "run.recompute",
+    "run.preset", "run.kernels", "run.recompute", "run.norms_every", "run.wandb", "run.tensorboard", "run.clearml",
     "plan.last_step", "plan.micro_batch", "plan.grad_accum",
 })  # fmt: skip
 # A run that was started before ModelConfig or TrainConfig had a field was of that field's default.
@@ -45,6 +47,14 @@ class RunDir:
     @property
     def metrics(self):
         return self.path / "metrics.jsonl"
+
+    @property
+    def metrics_csv(self):
+        return self.path / "metrics.csv"
+
+    @property
+    def events(self):
+        return self.path / "events.jsonl"
 
     @property
     def best(self):
