@@ -23,6 +23,7 @@ from train.config import make_plan
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
 from train.explain import explain
 from train.metrics import Metrics
+from train.norms import GradientNorms
 from train.optim import check_optimizer
 from train.run_dir import (
     RunDir,
@@ -34,6 +35,7 @@ from train.run_dir import (
     write_json,
 )
 from train.schedule import learning_rate
+from train.trackers import check_trackers
 from train.training_data import open_training_data
 from train.validate import heldout_loss
 
@@ -62,6 +64,7 @@ def train(config, origins=None, explain_for=None):
             explain(config, origins, plan, ds_config, world_size)
         return
     check_optimizer(config)
+    check_trackers(config)
     ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
     record = describe(config, plan, ds_config, world_size, data.sha256) | {"kernels": ops.__name__, "origins": origins}
     run_dir = RunDir(Path(config.run))
@@ -88,21 +91,25 @@ def train(config, origins=None, explain_for=None):
         losses = heldout_losses(run_dir)
         note_best(run_dir, losses)  # a checkpoint beyond the step that the run goes on from is not the best any more
         write_json(run_dir.config, record)
-        metrics = Metrics(run_dir.metrics, start + 1, plan.last_step)
+        metrics = Metrics(run_dir, config, plan, start + 1, world_size, record)
         going = f"goes on from step {start}" if start else "starts"
-        metrics.say(
+        metrics.event(
+            "resume" if start else "start", start,
             f"{config.run} {going}, to {plan.last_step:,}: {config.size}, {plan.model.n_parameters:,} parameters, "
-            f"{world_size} processes x {plan.grad_accum} x {plan.micro_batch} sequences of {plan.model.seq_len} tokens"
-        )
+            f"{world_size} processes x {plan.grad_accum} x {plan.micro_batch} sequences of {plan.model.seq_len} tokens",
+        )  # fmt: skip
         for line in data_lines:
             metrics.say(line)
 
+    norms = GradientNorms(engine, config.norms_every, config.clip) if config.norms_every else None
     batches = data.batches(plan, rank, world_size, start + 1, device, checkpoint)
     batch_tokens = plan.batch_sequences * plan.model.seq_len
     saved_step = start
     for step in range(start + 1, plan.last_step + 1):
         began = time.perf_counter()
         set_learning_rate(engine, learning_rate(step, plan), plan)
+        if norms:
+            norms.begin(step)
         total_loss = torch.zeros((), device=device)
         for _ in range(plan.grad_accum):
             batch = next(batches)
@@ -119,6 +126,8 @@ def train(config, origins=None, explain_for=None):
             "lr": learning_rate(step, plan),
             "grad_norm": float(engine.get_global_grad_norm()),
         }
+        if norms:
+            row |= norms.end(row["grad_norm"])
         if not math.isfinite(mean_loss):
             raise FloatingPointError(
                 f"the loss of step {step} is {mean_loss}; the last checkpoint is of step {saved_step}"
@@ -135,12 +144,17 @@ def train(config, origins=None, explain_for=None):
             )  # fmt: skip
             saved_step = step
             if rank == 0:
+                metrics.event("saved", step, f"saved {run_dir.checkpoint(step)}")
                 if "heldout_loss" in row:
                     losses[run_dir.checkpoint(step).name] = row["heldout_loss"]
                 delete_old(run_dir, config.keep, losses)
         if must_stop:
             break
     if metrics:
+        done = saved_step == plan.steps
+        metrics.event(
+            "finished" if done else "stop", saved_step, f"{'finished' if done else 'stopped'} at {saved_step}"
+        )
         metrics.close()
         print(f"checkpoint: {run_dir.checkpoint(saved_step)}")
     dist.destroy_process_group()
