@@ -8,7 +8,7 @@ SECONDS = 5  # between readings; the driver takes milliseconds to answer, so a t
 
 
 class GpuReadings:
-    """Reads all GPUs of this machine in a thread of its own. Where there is no NVIDIA driver, it has nothing to say."""
+    """Reads all GPUs of this machine, in a thread. Where there is no NVIDIA driver, there is nothing to read."""
 
     def __init__(self):
         self.latest = {}

@@ -94,10 +94,12 @@ def train(config, origins=None, explain_for=None):
         metrics = Metrics(run_dir, config, plan, start + 1, world_size, record)
         going = f"goes on from step {start}" if start else "starts"
         metrics.event(
-            "resume" if start else "start", start,
+            "resume" if start else "start",
+            start,
             f"{config.run} {going}, to {plan.last_step:,}: {config.size}, {plan.model.n_parameters:,} parameters, "
-            f"{world_size} processes x {plan.grad_accum} x {plan.micro_batch} sequences of {plan.model.seq_len} tokens",
-        )  # fmt: skip
+            f"{world_size} processes x {plan.grad_accum} x {plan.micro_batch} sequences of "
+            f"{plan.model.seq_len} tokens",
+        )
         for line in data_lines:
             metrics.say(line)
 
@@ -151,10 +153,8 @@ def train(config, origins=None, explain_for=None):
         if must_stop:
             break
     if metrics:
-        done = saved_step == plan.steps
-        metrics.event(
-            "finished" if done else "stop", saved_step, f"{'finished' if done else 'stopped'} at {saved_step}"
-        )
+        kind, word = ("finished", "finished") if saved_step == plan.steps else ("stop", "stopped")
+        metrics.event(kind, saved_step, f"{word} at step {saved_step:,}")
         metrics.close()
         print(f"checkpoint: {run_dir.checkpoint(saved_step)}")
     dist.destroy_process_group()

@@ -62,8 +62,8 @@ class Metrics:
             return None
         peak = gpu.dense_tflops["bf16"]
         self.say(
-            f"MFU: tokens/s x {self.flops_per_token / 1e9:.4g} GFLOP a token (model/config.py, forward and backward) / "
-            f"({world_size} x {peak:g} TFLOP/s, the dense bf16 peak of {name})"
+            f"MFU: tokens/s x {self.flops_per_token / 1e9:.4g} GFLOP a token, forward and backward (model/config.py) "
+            f"/ ({world_size} x {peak:g} TFLOP/s, the dense bf16 peak of {name})"
         )
         return world_size * peak * 1e12
 
@@ -172,7 +172,7 @@ def gib(n_bytes):
 
 def open_lines(path):
     """A file of lines to add to; a last line that a crash has cut short is ended first."""
-    file = open(path, "ab+")
+    file = open(path, "ab+")  # noqa: SIM115 - for as long as the run goes
     if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
         file.write(b"\n")
     return io.TextIOWrapper(file)

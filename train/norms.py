@@ -1,8 +1,8 @@
 """The gradient's norm by part of the network, from the pieces of it that each process has anyway.
 
-Whatever the ZeRO stage, the torch optimizer inside DeepSpeed is given the summed and clipped gradient, each process its
-own flat stretches of it. A hook before the optimizer's step adds up the squares of each part there, one all-reduce of a
-number a part makes them whole, and what clipping took away is put back. Their squares add up to that of `grad_norm`.
+Whatever the ZeRO stage, the torch optimizer inside DeepSpeed is given the summed and clipped gradient, each process
+its own flat stretches of it. A hook before the optimizer's step adds up the squares of each part there, one all-reduce
+of a number a part makes them whole, and what clipping took away is put back. Their squares add up to grad_norm's.
 """
 
 import math

@@ -5,7 +5,7 @@ import os
 
 
 class Tail:
-    """Reads on from where it was; the file stays open, so what it reads is one file, even if another takes its name."""
+    """Reads on from where it was. The file stays open: what it reads is one file, even if another takes its name."""
 
     def __init__(self, path, offset=0):
         """offset: where a line begins. Raises FileNotFoundError."""

@@ -77,8 +77,9 @@ class ClearMLRun:
         self.task = Task.init(
             project_name=project, task_name=run_dir.path.name, reuse_last_task_id=known or False,
             continue_last_task=0 if known else False,  # 0: our steps are counted from the first start already
-            output_uri=False, auto_connect_arg_parser=False, auto_resource_monitoring=False, auto_connect_streams=False,
-            auto_connect_frameworks={"detect_repository": False},  # hangs like that too; config.json has the commit
+            output_uri=False, auto_resource_monitoring=False, auto_connect_streams=False,
+            auto_connect_arg_parser=False,
+            auto_connect_frameworks={"detect_repository": False},  # it hangs likewise; config.json has the commit
         )  # fmt: skip
         kept.write(self.task.id)
         self.task.connect_configuration(read_json(run_dir.config), name="config.json")
