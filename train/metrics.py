@@ -19,6 +19,7 @@ from tqdm import tqdm
 from curation.shards import new_file
 from train.gpu_readings import GpuReadings
 from train.hardware import gpu_of
+from train.run_dir import cut_metrics
 from train.tail import Tail, flat_row
 from train.trackers import start_trackers
 
@@ -34,6 +35,7 @@ class Metrics:
     def __init__(self, run_dir, config, plan, first_step, world_size, record):
         """record: what config.json says of the run."""
         run_dir.path.mkdir(parents=True, exist_ok=True)
+        self.run_dir = run_dir
         self.rows = open(run_dir.metrics, "a")  # noqa: SIM115 - closed by close()
         self.events = open_lines(run_dir.events)
         self.table = Table(run_dir.metrics_csv, run_dir.metrics)
@@ -106,6 +108,18 @@ class Metrics:
         self.events.write(json.dumps({"time": time.time(), "step": step, "event": kind, "text": text, **more}) + "\n")
         self.events.flush()
         self.say(text)
+
+    def go_back(self, step):
+        """The run has gone back to the checkpoint of `step`: forget the rows after it."""
+        self.rows.close()
+        self.table.close()
+        cut_metrics(self.run_dir.metrics, step)
+        self.rows = open(self.run_dir.metrics, "a")  # noqa: SIM115 - closed by close()
+        self.table = Table(self.run_dir.metrics_csv, self.run_dir.metrics)
+        self.bar.n = step
+        self.bar.refresh()
+        for tracker in self.trackers:
+            tracker.go_back(step + 1)
 
     def close(self):
         self.bar.close()

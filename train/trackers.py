@@ -8,6 +8,7 @@ python -m train.trackers runs/demo --wandb braid
 """
 
 import argparse
+import contextlib
 import math
 import os
 import secrets
@@ -154,44 +155,50 @@ class Tracker:
             f"the rows later with: python -m train.trackers {self.run_dir.path} {' '.join(self.flags)}"
         )
 
+    def go_back(self, first_step):
+        """metrics.jsonl has been cut, and its rows from first_step on are to be sent."""
+        self._tell(f"from {first_step}")
+
+    def _tell(self, line):
+        with contextlib.suppress(OSError):  # it has ended: problem() says why
+            self.process.stdin.write(f"{line}\n".encode())
+            self.process.stdin.flush()
+
     def close(self):
         """End it after what it has not yet sent; one line if that was not possible in WAIT_S seconds, else None."""
-        try:
-            self.process.stdin.write(b"done\n")
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass
+        self._tell("done")
         try:
             return None if self.process.wait(WAIT_S) == 0 else self.problem()
         except subprocess.TimeoutExpired:
             return f"{self.name} has not sent everything yet; process {self.process.pid} goes on with that"
 
 
-def follow(run_dir, tracker, first_step, ended):
-    """Send the rows of metrics.jsonl from first_step on until `ended` says so; returns what `ended` said last.
+def follow(run_dir, tracker, first_step, hear):
+    """Send the rows of metrics.jsonl from first_step on; returns whether the end was "done" or "gone".
 
-    ended: a function that is asked before the file is read, so that nothing written before the end is missed.
+    hear: a function that is asked before the file is read, so that nothing written before the end is missed. It gives
+    one of those two, "from <step>" for a file that was cut and is to be sent again from there on, or "" for no news.
     """
     tail = Tail(run_dir.metrics)
     while True:
-        end = ended()
+        heard = hear()
+        if heard.startswith("from "):
+            tail.close()
+            tail, first_step = Tail(run_dir.metrics), int(heard.removeprefix("from "))
         for row in tail.rows():
             if row["step"] >= first_step:
                 values = flat_row(row, "/")
                 numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
                 tracker.log(row["step"], numbers)
-        if end:
-            return end
+        if heard in ("done", "gone"):
+            return heard
 
 
-def training_ended():
-    """None while the training process lives, "done" once it has said so, "gone" if it went without a word.
-
-    Waits a second at most. The training process holds the other end of standard input.
-    """
-    if not select.select([sys.stdin], [], [], 1)[0]:
-        return None
-    return "done" if sys.stdin.readline().strip() == "done" else "gone"
+def hear_training(wire):
+    """A line from the training process at the other end of `wire`; "" without one in a second, "gone" at its end."""
+    if not select.select([wire], [], [], 1)[0]:
+        return ""
+    return wire.readline().decode().strip() or "gone"
 
 
 def main(argv=None):
@@ -220,7 +227,8 @@ def main(argv=None):
             signal.signal(number, signal.SIG_IGN)
     try:
         tracker = OPEN[name](run_dir, getattr(flags, name), flags.from_step)
-        end = follow(run_dir, tracker, flags.from_step, training_ended if flags.follow else lambda: "done")
+        wire = sys.stdin.buffer.raw if flags.follow else None  # raw: a line in a buffer would not wake select
+        end = follow(run_dir, tracker, flags.from_step, lambda: hear_training(wire) if wire else "done")
         tracker.close(whole=end == "done")
     except Exception as error:  # whatever another project's library raises is one line for the run
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
