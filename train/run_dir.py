@@ -2,12 +2,12 @@
 
 runs/demo/
     config.json                     the resolved configuration, written before step 1
-    metrics.jsonl                   one object a step
-    metrics.csv                     the same as a table
+    metrics.jsonl, metrics.csv      one object, and one row, a step
     events.jsonl                    what happened beside the steps: starts, resumes, saves, skipped steps, hangs
     log/rank00000.stacks.txt        where each process stood when the run hung
     checkpoints/step_0000400/       see train/checkpoint.py
     best.json                       which of them has the lowest held-out loss
+    tensorboard/, trackers/         what train/trackers.py keeps
     eval/step_0000400.json          scores of that checkpoint
     report.html
 """
@@ -36,7 +36,7 @@ MAY_CHANGE = frozenset({
     "run.data", "run.run", "run.stop_after", "run.micro_batch", "run.ds_config", "run.save_every", "run.keep",
     "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.timeout_minutes",
     "run.skip_sigma", "run.rollback_after",
-    "run.preset", "run.kernels", "run.recompute",
+    "run.preset", "run.kernels", "run.recompute", "run.norms_every", "run.wandb", "run.tensorboard", "run.clearml",
     "plan.last_step", "plan.micro_batch", "plan.grad_accum",
 })  # fmt: skip
 # A run that was started before ModelConfig or TrainConfig had a field was of that field's default.
