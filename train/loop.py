@@ -144,12 +144,14 @@ def train(config, origins=None, explain_for=None):
                     metrics.event("skip", step, f"step {step} is skipped: {skipped}")
                 for slow, why in stragglers.note(told).items():
                     metrics.event("slow_rank", step, f"{watchdog.name(slow)} is slow: {why}", rank=slow)
+            if saves.pending and told.written:
+                saves.finish()
             if last or (config.save_every and step % config.save_every == 0):
                 watchdog.note(step, "save")
                 state = {"guard": guard.state(), "skipped_steps": guard.skipped_steps, "passed_over": passed}
                 saves.begin(step, step * batch_tokens, record | data.state() | state, row.get("heldout_loss"))
-            if saves.pending and (last or told.written):
-                saves.finish(must=last)
+            if last:
+                saves.finish(must=True)
             if told.stop:
                 break
             if guard.in_a_row >= (config.rollback_after or WINDOW):
@@ -162,10 +164,10 @@ def train(config, origins=None, explain_for=None):
                 engine, guard, norms = ready(plan, config, ds_config, checkpoint, None)
                 saves.engine = engine
     if metrics:
-        metrics.event(
-            "finished" if step == plan.last_step else "stop", step, f"checkpoint: {run_dir.checkpoint(step)}"
-        )
+        kind, word = ("finished", "finished") if step == plan.steps else ("stop", "stopped")
+        metrics.event(kind, step, f"{word} at step {step:,}")
         metrics.close()
+        print(f"checkpoint: {run_dir.checkpoint(step)}")
     dist.destroy_process_group()
     if step < plan.last_step:
         raise Stopped(f"stopped at step {step} of {plan.last_step}; go on with --resume", told.stop)
