@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -107,21 +108,23 @@ def test_host_memory_is_kept_for_the_next_save(run_dir, alone):
 
 
 def test_other_threads_run_while_pieces_are_written(tmp_path):
-    """safetensors' save_file stops them for as long as it copies: a quarter of a second a gigabyte, and more."""
     data = torch.zeros(1 << 26)  # 256 MiB
-    longest, done = 0.0, threading.Event()
+    done = threading.Event()
 
     def write():
         model.weights.write_pieces(tmp_path / "file", {"weight/a": (0, data.numel())}, [data.numpy()])
         done.set()
 
-    threading.Thread(target=write).start()
-    last = time.perf_counter()
+    writer = threading.Thread(target=write)
+    began = last = time.perf_counter()
+    longest = 0.0
+    writer.start()
     while not done.is_set():
         time.sleep(0.001)
         now = time.perf_counter()
         longest, last = max(longest, now - last), now
-    assert longest < 0.1
+    writer.join()
+    assert longest < 0.5 * (last - began)
 
 
 def test_a_save_of_the_same_step_takes_the_place_of_the_earlier(run_dir, alone):
@@ -207,10 +210,7 @@ def test_a_full_disk_is_said_by_all_ranks_and_earlier_checkpoints_stay(run_dir, 
     where = mounted("-t", "tmpfs", "-o", "size=64k", "tmpfs")
     good = RunDir(where)
     run_ranks(1, save_steps, run_dir.path, run_dir, 1)
-    run_dir.checkpoint(1).parent.joinpath("x").mkdir()
-    good.checkpoint(1).parent.mkdir()
-    for file in run_dir.checkpoint(1).iterdir():
-        (good.checkpoint(1).mkdir(exist_ok=True), (good.checkpoint(1) / file.name).write_bytes(file.read_bytes()))
+    shutil.copytree(run_dir.checkpoint(1), good.checkpoint(1))
     check_failure(
         run_dir, where,
         r"rank [01] on .*step_0000008.part/rank0000[01].safetensors: No space left on device .*"
