@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from curation.shards import file_names, file_problem, manifest_sha256, open_shard, read_manifest, verify_files
-from launch.run_flags import find_manifest, plan_run
+from launch.run_flags import find_manifest, plan_run, run_folder
 from train.config import Plan, TrainConfig
 from train.run_dir import RunDir
 
@@ -155,7 +155,7 @@ def to_device_gb_s(device: torch.device) -> float:
 
 
 def data_problems(folder: str, verify: bool) -> tuple[str | None, list[str]]:
-    """(sha256 of the manifest or None, problems). verify: hash every file instead of opening it and reading its size."""
+    """(sha256 of the manifest or None, problems). verify: hash every file too, not only look at its size and end."""
     try:
         manifest = read_manifest(folder)
         names = file_names(manifest)
@@ -189,7 +189,7 @@ def disk_problems(config: TrainConfig, world_size: int) -> tuple[int, list[str]]
         plan = plan_run(config, world_size, find_manifest(config))
     except ValueError as error:  # of data that this node alone has, for the flags were checked
         return 0, [str(error)]
-    folder = Path(config.run).absolute()
+    folder = run_folder(config).absolute()
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     at_once, size = checkpoint_bytes(config, plan)
@@ -206,7 +206,7 @@ def disk_problems(config: TrainConfig, world_size: int) -> tuple[int, list[str]]
 @contextmanager
 def note_in(config: TrainConfig, name: str) -> Iterator[str | None]:
     """A small file in the run's folder, as long as the context lasts; yields what went wrong, or None."""
-    folder, problem = Path(config.run), None
+    folder, problem = run_folder(config), None
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,11 +223,11 @@ def note_in(config: TrainConfig, name: str) -> Iterator[str | None]:
 
 def sees_note(config: TrainConfig, name: str, seconds: float = 5.0) -> bool:
     """Whether a file that another node wrote is seen here; some file systems take their time."""
-    deadline = time.monotonic() + seconds
+    folder, deadline = run_folder(config), time.monotonic() + seconds
     while True:
         try:
-            os.listdir(config.run)  # has NFS ask again
-            if (Path(config.run) / name).read_text() == name:
+            os.listdir(folder)  # has NFS ask again
+            if (folder / name).read_text() == name:
                 return True
         except OSError:
             pass

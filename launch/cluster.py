@@ -6,8 +6,8 @@ python -m launch.cluster slurm --nodes 4 --gpus-per-node 8 --out launch/13B -- -
     torchrun    run.sh, to be started on every node: rendezvous (c10d) at the first
     kubernetes  run.yaml: an indexed Job with a headless Service, torchrun in each pod
 
-What stands behind `--` are the flags of train/launch.py. They are checked before anything is written. Without --out the
-files are printed. --preflight lets python -m launch.doctor test the nodes first, and not start where one is broken.
+What stands behind `--` are the flags of train/launch.py. They are checked before anything is written. Without --out
+the files are printed. With --preflight, launch.doctor tests the nodes first, and a broken one stops the start.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from curation.shards import new_file
-from launch.run_flags import OneLineParser, find_manifest, parse_run, plan_run, split_words
+from launch.run_flags import OneLineParser, find_manifest, parse_run, plan_run, run_folder, split_words
 from train.config import flag
 from train.exit_codes import BAD_INPUT, DONE, INTERRUPTED, REQUEUE
 
@@ -45,9 +45,11 @@ def check(flags: argparse.Namespace, words: list[str]) -> None:
         value = getattr(flags, option)
         if value is not None and value < least[option]:
             raise ValueError(f"{flag(option)} {value} is too small; allowed: {least[option]} or more")
-    name = re.sub(r"[^a-z0-9]+", "-", (flags.name or Path(config.run).name).lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", (flags.name or run_folder(config).name).lower()).strip("-")
     if not name or len(name) > 50:
-        raise ValueError(f"--name {flags.name or config.run!r} gives no name; use up to 50 letters, digits and dashes")
+        raise ValueError(
+            f"--name {flags.name or str(config.run)!r} gives no name; use up to 50 letters, digits and dashes"
+        )
     flags.name, flags.run, flags.size, flags.data_is_here = name, config.run, config.size, manifest is not None
 
 
@@ -112,7 +114,7 @@ def pdsh(flags: argparse.Namespace, words: list[str]) -> dict[str, str]:
         "set -eu",
         'here=$(cd "$(dirname "$0")" && pwd)',
         f"cd {shlex.quote(flags.workdir)}",
-        'export DS_ENV_FILE="$here/.deepspeed_env"  # pdsh gives the nodes an empty environment, DeepSpeed these lines',
+        'export DS_ENV_FILE="$here/.deepspeed_env"  # by pdsh alone the nodes would have an empty environment',
         *exports(flags),
     ]
     if flags.preflight:
@@ -157,8 +159,8 @@ def slurm(flags: argparse.Namespace, words: list[str]) -> dict[str, str]:
         "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
         "export MASTER_ADDR MASTER_PORT",
         "# A task is a process with a GPU. Slurm's words for its place become those that the programs read.",
-        "place='export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID GROUP_RANK=$SLURM_NODEID'",
-        f'place="$place LOCAL_WORLD_SIZE={flags.gpus_per_node}; exec \\"\\$@\\""',
+        "place='export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID'",
+        f"place+=' GROUP_RANK=$SLURM_NODEID LOCAL_WORLD_SIZE={flags.gpus_per_node}; exec \"$@\"'",
         "# --wait: when one task has ended, the others have so many seconds to",
         'on_every_gpu() { srun --kill-on-bad-exit=0 --wait=120 bash -c "$place" task "$@"; }',
         f"newest() {{ ls -d {run}/checkpoints/step_*[0-9] 2>/dev/null | tail -n 1; }}",
@@ -231,8 +233,8 @@ def kubernetes(flags: argparse.Namespace, words: list[str]) -> dict[str, str]:
     settings = [setting.split("=", 1) for setting in flags.env]
     lines = [
         heading(flags),
-        "# kubectl apply -f run.yaml. Each pod is a node; they find the first by the Service. An evicted node, and a run",
-        "# that was asked to leave and saved, begin anew without limit; anything else so often as backoffLimit says.",
+        "# kubectl apply -f run.yaml. Each pod is a node; they find the first by the Service. An evicted node, and a",
+        "# run that was asked to leave and saved, begin anew without limit; after failures backoffLimit counts.",
         "# Kubernetes 1.31 or newer (podFailurePolicy).",
         "apiVersion: v1",
         "kind: Service",

@@ -22,7 +22,11 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+
+if __spec__ is None:  # run by path: import from the repo root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.distributed as dist
@@ -135,7 +139,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 def exchange_rounds(n_nodes: int) -> list[list[tuple[int, int]]]:
-    """Pairs of neighbours on a ring, in rounds in which each node is in one pair at most; each pair is in one round."""
+    """Pairs of neighbours on a ring, in rounds in each of which a node is in one pair at most."""
     if n_nodes < 2:
         return []
     even = [(i, i + 1) for i in range(0, n_nodes - 1, 2)]
@@ -189,8 +193,7 @@ def test_links(
     by_node = {node: [i for i, rank in enumerate(ranks) if nodes[rank] == node] for node in present}
     rounds = exchange_rounds(len(present))
     for round_number, pairs in enumerate(rounds):
-        for pair in pairs:
-            pair = [present[pair[0]], present[pair[1]]]
+        for pair in [(present[one], present[two]) for one, two in pairs]:
             lane = by_node[place.node].index(me) if place.node in pair else len(ranks)
             if place.node not in pair or lane >= min(len(by_node[node]) for node in pair):
                 continue
@@ -308,10 +311,8 @@ def judge(found: Findings, flags: argparse.Namespace) -> None:
     for node, rate in by_node.values():
         gpu = gpu_of(per_node[node]["versions"].get("GPU", ""))
         if gpu and rate < flags.least_of_link * gpu.link_gb_s:
-            found.blame(
-                node, f"an all-reduce within the node runs at {rate:.3g} GB/s, {rate / gpu.link_gb_s:.0%} of {gpu.link}'s "
-                f"{gpu.link_gb_s} ({flags.least_of_link:.0%})",
-            )  # fmt: skip
+            part = f"{rate / gpu.link_gb_s:.0%} of {gpu.link}'s {gpu.link_gb_s} ({flags.least_of_link:.0%})"
+            found.blame(node, f"an all-reduce within the node runs at {rate:.3g} GB/s, {part}")
     # a slow node has no fast link; its neighbours have one with their other neighbour
     best = {
         f"rank {rank}": (found.nodes[rank], max(rate for _, rate in told["exchanges"]))
@@ -371,7 +372,7 @@ def show(found: Findings, world_size: int) -> None:
         names = ", ".join(found.names[node] for node in broken)
         print(f"preflight: {len(broken)} of {n_nodes} nodes broken or slow: {names}", flush=True)
     else:
-        print(f"preflight: {n_nodes} nodes with {world_size} processes are fine", flush=True)
+        print(f"preflight: fine (nodes: {n_nodes}, processes: {world_size})", flush=True)
 
 
 # ---- the course of it

@@ -54,6 +54,11 @@ def plan_run(config: TrainConfig, world_size: int, manifest: dict[str, Any] | No
     return make_plan(config, vocab_size=vocab_size, n_tokens=n_tokens, world_size=world_size)
 
 
+def run_folder(config: TrainConfig) -> Path:
+    assert config.run is not None  # make_config names it
+    return Path(config.run)
+
+
 def find_manifest(config: TrainConfig) -> dict[str, Any] | None:
     """The data folder's manifest, or None where there is no finished folder on this machine."""
     try:

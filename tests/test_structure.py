@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "curation": {"curation"},
     "train": {"train", "model", "curation"},
     "eval": {"eval", "train", "model", "curation"},
-    "launch": {"launch", "model", "train"},
+    "launch": {"launch", "model", "train", "curation"},
 }
 WITHOUT_TORCH = [
     "model.config",
@@ -22,6 +22,7 @@ WITHOUT_TORCH = [
     "train.schedule",
     "curation.shards",
     "launch.estimate",
+    "launch.cluster",
 ]
 FILES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -162,7 +162,9 @@ def start_processes(rank, world_size, timeout_minutes):
         # DeepSpeed would compile a shared-memory all-reduce at the first start: g++ is needed, a stale lock hangs it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # each process would take all cores, and the processes of a machine would wait for one another
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) // int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)
+        )
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
 
