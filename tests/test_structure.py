@@ -12,15 +12,17 @@ MAY_IMPORT = {
     "curation": {"curation"},
     "train": {"train", "model", "curation"},
     "eval": {"eval", "train", "model", "curation"},
-    "launch": {"launch", "model", "train"},
+    "launch": {"launch", "model", "train", "curation"},
 }
 WITHOUT_TORCH = [
     "model.config",
     "train.config",
+    "train.hardware",
     "train.run_dir",
     "train.schedule",
     "curation.shards",
     "launch.estimate",
+    "launch.cluster",
 ]
 FILES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 
