@@ -4,8 +4,8 @@
     deepspeed --num_gpus=8 train/bench_save.py --size 1.3B --folder /a/folder/on/the/disk/in/question
 
 Trains on random tokens. Each save is begun after a step; steps go on until every rank has written, and it is finished.
-What it costs: the time of begin(), what the steps beside the writing take longer than quiet ones do (their median), and
-the time of finish(). The first save also allocates the host memory that the others use again.
+What it costs: the time of begin(), what steps beside the writing take longer than quiet ones (their median), and the
+time of finish(). The first save also allocates the host memory that the others use again.
 """
 
 import argparse
