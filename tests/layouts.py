@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 SAVED, STEPS = 4, 24
 # {processes: [(stage, micro-batch)]} of batches of 8 sequences; what is left over is accumulated
-LAYOUTS = {1: [(2, 8), (1, 4)], 2: [(0, 2), (3, 4)], 4: [(3, 1)]}
+LAYOUTS = {1: [(3, 4), (1, 8)], 2: [(0, 2), (3, 1)], 4: [(2, 1)]}
 
 
 def fake_bitsandbytes():

@@ -15,7 +15,7 @@ import time
 
 import pytest
 import torch
-from launching import ROOT
+from launching import ROOT, free_port
 from safetensors import safe_open
 from saving import KINDS, SHAPES, begin, differing, fill, join_group, run_ranks, toy_engine, values
 
@@ -377,3 +377,33 @@ def test_the_readmes_way_to_read_a_checkpoint_needs_numpy_and_safetensors_alone(
     assert set(read) == {f"{kind}/{name}" for kind in KINDS for name in SHAPES}
     for key, value in values(7).items():
         assert torch.equal(torch.from_numpy(read[key]), value)
+
+
+# ---- what a save costs
+
+
+def bench(*flags):
+    command = [sys.executable, str(ROOT / "train/bench_save.py"), *map(str, flags)]
+    environment = os.environ | {"MASTER_PORT": str(free_port())}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def test_bench_save_measures_and_leaves_nothing(tmp_path):
+    done = bench("--size", "tiny", "--saves", 2, "--steps", 2, "--folder", tmp_path / "new")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "a save every 30 minutes holds training up for" in done.stdout
+    saves = json.loads(done.stdout.splitlines()[-1])["saves"]
+    assert len(saves) == 2
+    for row in saves:
+        assert row["held_up_s"] >= row["begin_s"] + row["finish_s"] > 0
+        assert row["share_percent"] == pytest.approx(row["held_up_s"] / 18)
+        assert row["steps_meanwhile"] >= 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_save_keeps_its_hands_off_a_folder_that_is_there(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    done = bench("--size", "tiny", "--folder", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"error: --folder {tmp_path} exists, and would be deleted at the end; give a new one\n"
+    assert (tmp_path / "thesis.tex").exists()
