@@ -1,4 +1,4 @@
-"""What a run writes while it goes: rows, a table and events, whole after a kill; MFU, memory and the GPUs' readings."""
+"""What a run writes while it goes: rows, a table and events, whole after a kill; MFU, memory, GPU readings."""
 
 import json
 import os
@@ -30,7 +30,14 @@ def make_metrics(folder, first_step=1, record=IN_BF16):
 
 
 def row_of(step, **more):
-    row = {"step": step, "loss": 6 - step / 10, "tokens": 512 * step, "tokens_per_s": 1e6, "lr": 1e-3, "grad_norm": 0.5}
+    row = {
+        "step": step,
+        "loss": 6 - step / 10,
+        "tokens": 512 * step,
+        "tokens_per_s": 1e6,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+    }
     return row | more
 
 
