@@ -19,6 +19,7 @@ WITHOUT_TORCH = [
     "train.config",
     "train.run_dir",
     "train.schedule",
+    "train.watch",
     "curation.shards",
     "launch.estimate",
 ]
