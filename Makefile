@@ -21,7 +21,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo curate plan verify inspect data-report bench-curation train eval sample export report estimate test test-gpu check format clean
+.PHONY: help setup demo curate plan verify inspect data-report bench-curation train eval sample export report watch estimate test test-gpu check format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -88,6 +88,9 @@ export: setup need-CKPT  ## a Hugging Face folder: make export CKPT=... OUT=expo
 
 report: setup  ## one page about a run: make report RUN=runs/demo
 	$(PY) -m eval.report $(RUN)
+
+watch: setup  ## runs in the terminal, live, q leaves: make watch RUN=runs
+	$(PY) -m train.watch $(RUN)
 
 estimate: setup  ## what a size needs: make estimate SIZE=6.7B
 	$(PY) launch/estimate.py --size $(SIZE)

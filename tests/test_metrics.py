@@ -1,4 +1,4 @@
-"""What a run writes while it goes: rows, a table and events, whole after a kill; MFU, memory and the GPUs' readings."""
+"""What a run writes while it goes: rows, a table and events, whole after a kill; MFU, memory, GPU readings."""
 
 import json
 import os

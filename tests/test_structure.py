@@ -20,6 +20,7 @@ WITHOUT_TORCH = [
     "train.hardware",
     "train.run_dir",
     "train.schedule",
+    "train.watch",
     "curation.shards",
     "launch.estimate",
     "launch.cluster",
