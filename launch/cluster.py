@@ -188,10 +188,14 @@ def slurm(flags: argparse.Namespace, words: list[str]) -> dict[str, str]:
     return {"run.sbatch": shell_script(lines)}
 
 
-def torchrun_command(flags: argparse.Namespace, host: str, port: int, run_id: str, more: str = "") -> str:
+def torchrun_command(
+    flags: argparse.Namespace, host: str, port: int, run_id: str, more: str = "", module: bool = False
+) -> str:
+    # the last `--`: else torchrun takes flags of the run, such as --run, for short forms of its own
+    end = " -m --" if module else " --"
     return (
         f"{shlex.quote(flags.python)} -m launch.torchrun --nnodes={flags.nodes} --nproc-per-node={flags.gpus_per_node}"
-        f" --rdzv-backend=c10d --rdzv-endpoint={host}:{port} --rdzv-id={run_id}{more} --max-restarts=0"
+        f" --rdzv-backend=c10d --rdzv-endpoint={host}:{port} --rdzv-id={run_id}{more} --max-restarts=0{end}"
     )
 
 
@@ -206,8 +210,8 @@ def torchrun(flags: argparse.Namespace, words: list[str]) -> dict[str, str]:
         *exports(flags),
     ]
     if flags.preflight:  # at the next port: a late node must not meet the nodes of the run at their doctor's
-        command = torchrun_command(flags, first, flags.port + 1, f"{flags.name}-preflight")
-        lines.append(f"{command} -m {doctor(words)}")
+        command = torchrun_command(flags, first, flags.port + 1, f"{flags.name}-preflight", module=True)
+        lines.append(f"{command} {doctor(words)}")
     lines.append(f'exec {torchrun_command(flags, first, flags.port, flags.name)} {program(words, resume=False)} "$@"')
     return {"run.sh": shell_script(lines)}
 
@@ -225,8 +229,8 @@ def kubernetes(flags: argparse.Namespace, words: list[str]) -> dict[str, str]:
     more = ' --local-addr="$POD_IP" --rdzv-conf=is_host="$([ "$JOB_COMPLETION_INDEX" = 0 ] && echo 1 || echo 0)"'
     script = []
     if flags.preflight:
-        command = torchrun_command(flags, f"{name}-0.{name}", flags.port + 1, f"{name}-preflight", more)
-        script.append(f"{command} -m {doctor(words)} || exit")
+        command = torchrun_command(flags, f"{name}-0.{name}", flags.port + 1, f"{name}-preflight", more, module=True)
+        script.append(f"{command} {doctor(words)} || exit")
     command = torchrun_command(flags, f"{name}-0.{name}", flags.port, name, more)
     script.append(f"exec {command} {program(words, resume=True)}")
     text = json.dumps  # a string of JSON is one of YAML

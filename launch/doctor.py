@@ -248,7 +248,7 @@ def find_odd(found: Findings, what: str, values: dict[int, str]) -> None:
     usual = max(counts, key=lambda value: (counts[value], value == first))
     for node, value in values.items():
         if value != usual:
-            others = next(found.names[n] for n, v in values.items() if v == usual)
+            others = found.names[min(n for n, v in values.items() if v == usual)]
             found.blame(
                 node, f"{what} {value} here, {usual} on {others}" + (" and others" if counts[usual] > 1 else "")
             )
@@ -387,7 +387,7 @@ def examine(place: Place, flags: argparse.Namespace, config: TrainConfig | None)
         return lead(board, place, flags, config)
     note = board.hear("note", 0, flags.join_seconds + LEAVE_SECONDS)
     board.tell("own", {"clock": time.time()} | own_report(place, flags, config, note))
-    order = board.hear("order", 0, flags.test_seconds + LEAVE_SECONDS)
+    order = board.hear("order", 0, 1.2 * flags.test_seconds + LEAVE_SECONDS)
     if place.rank in order["ranks"]:
         board.tell("links", links_report(board, order, place, flags))
     code = board.hear("verdict", 0, 2 * flags.test_seconds + LEAVE_SECONDS)
@@ -406,7 +406,7 @@ def lead(board: Board, place: Place, flags: argparse.Namespace, config: TrainCon
         board.tell("note", note if config and not problem else None)
         started = time.time()
         board.tell("own", {"clock": started} | own_report(place, flags, config, None))
-        found.own = board.gather("own", sorted(joined), flags.test_seconds + 5)
+        found.own = board.gather("own", sorted(joined), 1.2 * flags.test_seconds)
     for rank in joined.keys() - found.own.keys():
         found.blame(found.nodes[rank], f"rank {rank} joined and then fell silent for {flags.test_seconds:.0f} s")
     for rank, told in found.own.items():
@@ -421,14 +421,15 @@ def lead(board: Board, place: Place, flags: argparse.Namespace, config: TrainCon
     board.tell("order", order)
     if place.rank in found.asked:
         board.tell("links", links_report(board, order, place, flags))
-    found.links = board.gather("links", found.asked, flags.test_seconds + 5)
+    found.links = board.gather("links", found.asked, 1.2 * flags.test_seconds)
 
     judge(found, flags)
     show(found, place.world_size)
     code = FAILED if any(found.problems.values()) else DONE
     board.tell("verdict", code)
     board.tell("left", True)
-    board.gather("left", sorted(joined), LEAVE_SECONDS)  # the store ends with this process
+    silent = set(found.asked) - found.links.keys()
+    board.gather("left", sorted(found.own.keys() - silent), LEAVE_SECONDS)  # the store ends with this process
     return code
 
 
