@@ -58,6 +58,11 @@ class Checkpoint:
         return self.path / TOKENIZER
 
     @property
+    def optimizer_steps(self):
+        """How many steps the optimizer has taken: those of the run but for the skipped ones."""
+        return self.step - self.run.get("skipped_steps", 0)
+
+    @property
     def has_moments(self):
         """Whether training can go on from it exactly; imported weights have none."""
         return all(self.moments(name) for name in self.shapes)

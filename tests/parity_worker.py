@@ -67,7 +67,7 @@ def main(data, out):
     import torch
     from torch import distributed as dist
 
-    from train.loop import start_processes
+    from train.processes import start_processes
 
     rank = int(os.environ["RANK"])
     start_processes(rank, int(os.environ["WORLD_SIZE"]), 5)

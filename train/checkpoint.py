@@ -108,6 +108,19 @@ def tell_muon(engine):
         optimizer.shard(flat_parameters(engine), owned_pieces(engine), engine.device)
 
 
+class BackgroundSave:
+    pending, written = False, True
+
+    def begin(self, engine, folder, **kw):
+        self.args, self.pending = (engine, folder, kw), True
+
+    def finish(self):
+        engine, folder, kw = self.args
+        self.pending = False
+        save_checkpoint(engine, folder, **kw)
+        return folder
+
+
 def save_checkpoint(engine, folder, *, step, tokens, run, tokenizer):
     """Write a checkpoint folder. All ranks call it, with the same `folder`, on a file system that they share.
 
@@ -174,7 +187,9 @@ def restore_optimizer(engine, checkpoint):
     optimizer, stored = torch_optimizer(engine), checkpoint.stored_pieces
     for piece in owned_pieces(engine):
         if moments(optimizer, piece) == MOMENTS["adamw"]:
-            step = torch.tensor(float(checkpoint.step), device=piece.flat.device if piece.flat.is_cuda else "cpu")
+            step = torch.tensor(
+                float(checkpoint.optimizer_steps), device=piece.flat.device if piece.flat.is_cuda else "cpu"
+            )
             optimizer.state[piece.flat]["step"] = step
         for kind in (WEIGHT, *moments(optimizer, piece)):
             target = piece.weight() if kind == WEIGHT else piece.moment(optimizer, kind)
@@ -201,9 +216,14 @@ def open_weights(path, model_config, tokenizer):
     return checkpoint
 
 
-def newest_whole(run_dir, say):
-    """The newest checkpoint of a run that is whole, or None; `say` gets a line for each damaged one passed over."""
+def newest_whole(run_dir, say, before=None):
+    """The newest checkpoint of a run that is whole, or None; `say` gets a line for each damaged one passed over.
+
+    before: of a step below this one.
+    """
     for path in reversed(run_dir.checkpoints()):
+        if before is not None and path >= run_dir.checkpoint(before):
+            continue
         try:
             return load_checkpoint(path)
         except ValueError as error:

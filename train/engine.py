@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from model.hybrid import HybridLM
-from train.checkpoint import tell_muon
+from train.checkpoint import tell_muon, torch_optimizer
 from train.optim import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,10 +197,11 @@ def complete_ds_config(settings, plan, config, world_size=1):
     }
 
 
-def make_engine(plan, config, ds_config, weights=None):
+def make_engine(plan, config, ds_config, weights=None, guard=None):
     """A DeepSpeed engine around a HybridLM. All ranks call it, after the process group is up.
 
     weights: {parameter name: float32 tensor} to start from, or None for random ones from config.seed.
+    guard: a train.guard.Guard that keeps the optimizer from steps that must not be taken, or None.
     """
     torch.manual_seed(config.seed)
     model = HybridLM(plan.model, kernels=config.kernels, recompute=config.recompute, z_loss=config.z_loss)
@@ -209,6 +210,8 @@ def make_engine(plan, config, ds_config, weights=None):
     model.to(deepspeed.get_accelerator().current_device_name())
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, config), config=ds_config)
     tell_muon(engine)
+    if guard:
+        guard.protect(torch_optimizer(engine), engine.optimizer)
     if engine.zero_optimization_stage() == 0:
         clip_and_keep_norm(engine, config.clip)
     return engine
@@ -216,12 +219,16 @@ def make_engine(plan, config, ds_config, weights=None):
 
 def clip_and_keep_norm(engine, clip):
     """Stage 0 alone: clip before each step as DeepSpeed would, and keep the norm, which it throws away."""
+    step = engine.optimizer.step
 
-    def before_step(optimizer, *_):
+    def clipped_step(*args, **kwargs):
         # the engine takes _global_grad_norm from its optimizer after the step
-        optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or math.inf)
+        engine.optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(
+            engine.module.parameters(), clip or math.inf
+        )
+        step(*args, **kwargs)
 
-    engine.optimizer.register_step_pre_hook(before_step)
+    engine.optimizer.step = clipped_step
 
 
 def set_learning_rate(engine, lr, plan):

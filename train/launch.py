@@ -15,6 +15,7 @@ if __spec__ is None:  # run by path: import from the repo root, not from this fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.config import TrainConfig, add_flags, make_config
+from train.exit_codes import BAD_INPUT, DONE, FAILED
 
 
 def main(argv=None):
@@ -35,7 +36,7 @@ def main(argv=None):
         config, origins = make_config(flags)
     except ValueError as error:
         say(int(os.environ.get("RANK", 0)), f"error: {error}")
-        return 2
+        return BAD_INPUT
     rank = int(os.environ.get("RANK", 0))
     import torch
 
@@ -44,19 +45,23 @@ def main(argv=None):
     # about calls that DeepSpeed makes
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from train.loop import Stopped, train  # here, so that --help waits for neither
+    from train.watchdog import LostContact
 
     try:
         train(config, origins, explain_for)
     except Stopped as stopped:
         say(rank, str(stopped))
-        return 130
+        return stopped.code
     except (ValueError, FileNotFoundError, ImportError) as error:  # ImportError: kernels that are not installed
         say(rank, f"error: {error}")
-        return 2
+        return BAD_INPUT
+    except LostContact as error:
+        print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        return FAILED
     except (FloatingPointError, OSError) as error:
         say(rank, f"error: {error}")
-        return 1
-    return 0
+        return FAILED
+    return DONE
 
 
 def say(rank, line):

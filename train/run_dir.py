@@ -3,16 +3,24 @@
 runs/demo/
     config.json                     the resolved configuration, written before step 1
     metrics.jsonl                   one object a step
+    events.jsonl                    what happened beside steps: starts, skipped steps, going back, slow ranks ...
+    log/rank00000.stacks.txt        where every thread of a process stood when the watchdog saw the run hang
     checkpoints/step_0000400/       see train/checkpoint.py
     best.json                       which of them has the lowest held-out loss
     eval/step_0000400.json          scores of that checkpoint
     report.html
 """
 
+import dataclasses
 import json
 import math
 import os
+import platform
+import socket
+import subprocess
+import sys
 from dataclasses import MISSING, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 
 from curation.shards import new_file
@@ -25,6 +33,7 @@ CHECKPOINT_PREFIX = "step_"
 MAY_CHANGE = frozenset({
     "run.data", "run.run", "run.stop_after", "run.micro_batch", "run.ds_config", "run.save_every", "run.keep",
     "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.timeout_minutes",
+    "run.skip_sigma", "run.rollback_after",
     "run.preset", "run.kernels", "run.recompute",
     "plan.last_step", "plan.micro_batch", "plan.grad_accum",
 })  # fmt: skip
@@ -45,6 +54,17 @@ class RunDir:
     @property
     def metrics(self):
         return self.path / "metrics.jsonl"
+
+    @property
+    def metrics_csv(self):
+        return self.path / "metrics.csv"
+
+    @property
+    def events(self):
+        return self.path / "events.jsonl"
+
+    def stacks(self, rank):
+        return self.path / "log" / f"rank{rank:05d}.stacks.txt"
 
     @property
     def best(self):
@@ -158,3 +178,34 @@ def remove_folder(path):
     for file in going.iterdir():
         file.unlink()
     going.rmdir()
+
+
+def describe(config, plan, ds_config, world_size, data_sha256):
+    """What goes to config.json: everything a reader needs to know, or to repeat, the run."""
+    plan_fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "model"}
+    return {
+        "run": dataclasses.asdict(config),
+        "plan": plan_fields,
+        "model": dataclasses.asdict(plan.model),
+        "parameters": plan.model.n_parameters,
+        "deepspeed": ds_config,
+        "data": {"path": str(config.data), "manifest_sha256": data_sha256},
+        "world_size": world_size,
+        "git_commit": git_commit(),
+        "argv": sys.argv,
+        "host": socket.gethostname(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "deepspeed", "numpy")},
+    }
+
+
+def git_commit():
+    """The commit of this source tree, "+changes" if it has any, or None outside git."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

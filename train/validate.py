@@ -11,13 +11,13 @@ from train.data import n_sequences, read_sequences
 
 
 @torch.no_grad()
-def heldout_loss(engine, data, plan, max_tokens):
+def heldout_loss(engine, data, plan, max_tokens, note=lambda: None):
     """Held-out loss over evenly spaced sequences of every source. All ranks call it, and do equally many passes.
 
     max_tokens: how many tokens to read in all, shared out by the sources' sizes, at least one sequence each; 0: all.
     Returns heldout_loss (nats a token), heldout_bits_per_byte, and the latter by source. Bytes are those of the
     held-out text at each source's own tokens per byte; a document cut by a sequence's edge loses its context there, so
-    these are a little higher than the scores of eval/.
+    these are a little higher than the scores of eval/. note: called before each pass, for the watchdog.
     """
     seq_len, rank, world_size = plan.model.seq_len, dist.get_rank(), dist.get_world_size()
     sources = read_manifest(data)["splits"]["heldout"]["sources"]
@@ -36,6 +36,7 @@ def heldout_loss(engine, data, plan, max_tokens):
         padded[:wanted] = chosen
         total = torch.zeros((), dtype=torch.float64)
         for indices in padded.reshape(-1, world_size, plan.micro_batch)[:, rank]:
+            note()
             batch = read_sequences(stream, indices, seq_len, engine.device)
             loss = engine(batch.tokens, targets=batch.targets, document_ids=batch.document_ids)
             scored = int((indices >= 0).sum()) * seq_len

@@ -1,0 +1,77 @@
+"""The processes of a run: how they join, what they tell one another each step, and how they are asked to stop."""
+
+import os
+import signal
+from datetime import timedelta
+from typing import NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from train.exit_codes import INTERRUPTED, REQUEUE
+
+
+def start_processes(rank, world_size, timeout_minutes):
+    """Join the process group that the launcher's environment describes; alone, a group of one.
+
+    timeout_minutes: without a limit of its own a lost process stalls the others for half an hour.
+    """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # DeepSpeed would compile a shared-memory all-reduce at the first start: g++ is needed, a stale lock hangs it
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # each process would take all cores, and the processes of a machine would wait for one another
+        on_this_host = os.environ.get("LOCAL_SIZE") or os.environ.get(
+            "LOCAL_WORLD_SIZE", 1
+        )  # DeepSpeed's or torchrun's
+        cores = len(os.sched_getaffinity(0)) // int(on_this_host)
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+class Stop:
+    """Notes the signals that ask a run to leave: it saves and leaves after the step that it is in.
+
+    SIGTERM and SIGUSR1 come from a scheduler that wants the machine back, SIGINT (Ctrl-C) from a person. A second
+    signal of the same kind ends the process at once.
+    """
+
+    CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE}
+
+    def __init__(self):
+        self.code = 0  # the exit code that was asked for
+        for number in self.CODES:
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.code = self.CODES[number]
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Told(NamedTuple):
+    """What the processes know of one another in a step, the same on all of them. Lists have an entry a rank."""
+
+    loss: float  # nats a token, averaged over the ranks
+    stop: int  # 0, or the exit code with which the run was asked to leave
+    written: bool  # every rank has its part of the pending checkpoint on disk
+    forward_seconds: list
+    data_seconds: list
+
+
+def tell(loss, stop, written, forward_seconds, data_seconds):
+    """Exchange a few numbers between all ranks, which all call it; one small all-reduce.
+
+    loss: this rank's, a tensor; the others are plain numbers. Returns a Told.
+    """
+    table = torch.zeros(dist.get_world_size(), 5, dtype=torch.float64, device=loss.device)
+    row = table[dist.get_rank()]
+    row[0] = loss
+    row[1:] = torch.tensor([float(stop), float(written), forward_seconds, data_seconds])
+    dist.all_reduce(table)
+    losses, stops, writtens, forwards, datas = table.T.tolist()
+    return Told(sum(losses) / len(losses), int(max(stops)), all(writtens), forwards, datas)
