@@ -4,10 +4,11 @@
     python -m launch.supervise --hostfile hostfile --env GLOO_SOCKET_IFNAME=eth0 -- --size 13B --data ... --run ...
 
 Behind the -- stand flags of train/launch.py. On each host of the hostfile (DeepSpeed's format: `name slots=8`) an
-agent is started over ssh (launch/agent.py), which starts that host's ranks and ends them when it hears nothing any more.
+agent is started over ssh (launch/agent.py), which starts that host's ranks and ends them when it hears nothing more.
 After a failure every rank is ended, and the job goes on with --resume from its newest whole checkpoint, on the hosts
 that answer; a host that comes back is used again at the next restart. What happened is in supervise.jsonl in the
-run's folder. Exit codes are those of train/exit_codes.py: 75 after SIGTERM, so that a scheduler's script can requeue the job.
+run's folder. Exit codes are those of train/exit_codes.py: 75 after SIGTERM, so that a scheduler's script can requeue
+the job.
 """
 
 import argparse
@@ -51,7 +52,7 @@ MEANING = {
     HUNG: "hung",
     INTERRUPTED: "interrupted",
 }
-HANG_LINE = re.compile(r"watchdog: rank (\d+) on (\S+): (no sign of life.*)")
+HANG_LINE = re.compile(r"watchdog: rank (\d+) on ([^\s:]+):? (.*)")
 START_LINE = re.compile(r"(?:goes on from step ([\d,]+)|starts), to [\d,]+")
 EXIT_OF = {signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE, signal.SIGINT: INTERRUPTED}
 
@@ -155,10 +156,6 @@ class Supervisor:
             finally:
                 self.let_go()
             step = last_step(self.run_dir)
-            self.log(
-                "failure", str(failure), host=failure.host, rank=failure.rank, step=step,
-                noticed_after_s=failure.noticed_after_s, resumed_from=self.resumed_from,
-            )  # fmt: skip
             if failure.code == BAD_INPUT:
                 return BAD_INPUT
             idle = 1 if step > furthest else idle + 1
@@ -205,7 +202,9 @@ class Supervisor:
                 flags = ["--micro-batch", str(micro_batch)]
         except ValueError as error:
             # at the first attempt the hostfile is wrong; later the network is
-            raise Failure(str(error), 9, code=BAD_INPUT if self.attempt == 1 else FAILED) from None
+            failure = Failure(str(error), 9, code=BAD_INPUT if self.attempt == 1 else FAILED)
+            self.log_failure(failure)
+            raise failure from None
         for host in self.hosts:
             if host not in answering:
                 host.close()
@@ -250,6 +249,7 @@ class Supervisor:
         if not self.failures:
             return DONE
         cause = max(self.failures, key=lambda failure: failure.weight)  # of equal ones the first
+        self.log_failure(cause)
         self.end(END_GRACE_S)
         raise cause
 
@@ -391,6 +391,12 @@ class Supervisor:
                   for rank, state, cpu in h.vitals]  # fmt: skip
         text = f"nothing new for {seconds / 60:.1f} minutes (--stall-minutes); {'; '.join(states[:8])}"
         return Failure(text, 5, noticed_after_s=round(seconds, 1))
+
+    def log_failure(self, failure):
+        self.log(
+            "failure", str(failure), host=failure.host, rank=failure.rank, step=last_step(self.run_dir),
+            noticed_after_s=failure.noticed_after_s, resumed_from=self.resumed_from,
+        )  # fmt: skip
 
     def log(self, event, text, **more):
         """One line to stderr and to the run's supervise.jsonl."""
