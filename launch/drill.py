@@ -37,10 +37,10 @@ NEEDED = {
     "ip": "iproute2", "unshare": "util-linux", "mount": "mount", "hostname": "hostname", "ssh": "openssh-client",
     "ssh-keygen": "openssh-client", "sshd": "openssh-server",
 }  # fmt: skip
-STEPS, SAVE_EVERY, BREAK_AT = 40, 10, 24  # a fault from outside comes after step 24, four after a checkpoint
+STEPS, SAVE_EVERY, BREAK_AT = 30, 10, 14  # a fault from outside comes after step 14, four after a checkpoint
 SPIKE_STEPS, SPIKE_AT = 80, 72  # the guard compares with at least 64 steps
 NAN_AT = 12
-PACE_S = 0.15  # a step takes at least this long, so that the fault comes in the middle
+PACE_S = 0.1  # a step takes at least this long, so that the fault comes in the middle
 HOST_TIMEOUT_S, FROZEN_S = 15.0, 4.0
 OWN_S = 8.0  # what a loaded machine may add to a stated time
 FEWER_HOSTS = 1e-5  # largest loss difference on other processes; on the same it is 0
@@ -65,13 +65,13 @@ class Fault:
 FAULTS = (
     Fault(name="worker killed", within_s=2, rank="1", host="hostB", after="both hosts", short=True),
     Fault(name="host cut off", within_s=HOST_TIMEOUT_S + 2, rank="1", host="hostB", after="hostA"),
-    Fault(name="worker frozen", within_s=FROZEN_S + 2, rank="1", host="hostB", after="both hosts"),
+    Fault(name="worker frozen", within_s=FROZEN_S + 2, rank="1", host="hostB", after="both hosts", short=True),
     Fault(name="SIGTERM", within_s=2, rank="-", host="-", after="both hosts"),
     Fault(name="NaN", within_s=2, rank="-", host="-", after="the same process", short=True, left_out=NAN_AT,
           worker=("--fault", f"nan:{NAN_AT}:1"), unbroken=("--skip", str(NAN_AT))),
     Fault(name="spike", within_s=2, rank="-", host="-", after="the same process", steps=SPIKE_STEPS, left_out=SPIKE_AT,
           worker=("--fault", f"spike:{SPIKE_AT}:1"), unbroken=("--skip", str(SPIKE_AT))),
-    Fault(name="full disk", within_s=2 + (SAVE_EVERY - BREAK_AT % SAVE_EVERY) * 1.0, rank="0", host="hostA",
+    Fault(name="full disk", within_s=5, rank="0", host="hostA",
           after="the same process"),
 )  # fmt: skip
 

@@ -325,11 +325,10 @@ class Supervisor:
 
     def lose(self, host, why, seconds):
         host.lost = True
-        ranks = f"rank {host.ranks[0]}" if len(host.ranks) == 1 else f"ranks {host.ranks[0]} to {host.ranks[-1]}"
-        self.failures.append(Failure(
-            f"host {host.name} ({ranks}) is gone: {why}" if host.ranks else f"host {host.name}: {why}",
-            8, host=host.name, rank=host.ranks[0] if host.ranks else None, noticed_after_s=round(seconds, 1),
-        ))  # fmt: skip
+        first, last = (host.ranks[0], host.ranks[-1]) if host.ranks else (None, None)
+        ranks = f" (rank {first})" if first == last else f" (ranks {first} to {last})"
+        text = f"host {host.name}{ranks if host.ranks else ''} is gone: {why}"
+        self.failures.append(Failure(text, 8, host=host.name, rank=first, noticed_after_s=round(seconds, 1)))
 
     def take(self, host, report):
         """Note one report of an agent."""
