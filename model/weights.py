@@ -7,23 +7,27 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from model.config import ModelConfig
 from model.hybrid import HybridLM
 
-FORMAT = 1
+FORMAT = 2
+FIELDS = {"format", "step", "tokens", "shapes", "run", "files"}
+FIELDS_BY_FORMAT = {1: FIELDS, 2: FIELDS | {"sha256"}}  # format 1 could not tell that its manifest was altered
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer.model"
 WEIGHT = "weight"
+HASHERS = min(4, os.cpu_count() or 1)  # threads that read and hash; a core does about 1.5 GB/s
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}  # what a step of each leaves behind
 
 
@@ -37,6 +41,11 @@ class Checkpoint:
     shapes: dict[str, list[int]]  # of every parameter, by name
     run: dict[str, Any]  # the run's config.json
     files: dict[str, dict[str, Any]]
+
+    @property
+    def optimizer_steps(self):
+        """Steps in which the optimizer changed the weights: all but those that were skipped (a spike, or NaN)."""
+        return self.step - self.run.get("skipped_steps", 0)
 
     @property
     def model_config(self):
@@ -56,11 +65,6 @@ class Checkpoint:
                 "which held none of ours; import a folder that does"
             )
         return self.path / TOKENIZER
-
-    @property
-    def optimizer_steps(self):
-        """How many steps the optimizer has taken: those of the run but for the skipped ones."""
-        return self.step - self.run.get("skipped_steps", 0)
 
     @property
     def has_moments(self):
@@ -110,8 +114,11 @@ class Checkpoint:
         return model.to(device).eval()
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, rank=0, world_size=1):
     """Open a checkpoint folder and check every file of it against its manifest.
+
+    rank, world_size: read only this process's share of the files, where all processes open the folder and tell one
+    another what they found (train.checkpoint.newest_whole); presence and size of all files are checked by each.
 
     Raises FileNotFoundError or ValueError, in one line that names the file, for what is not a whole checkpoint.
     """
@@ -120,34 +127,51 @@ def load_checkpoint(path):
         raise FileNotFoundError(
             f"checkpoint {path} does not exist; give a folder such as runs/demo/checkpoints/step_0000400"
         )
-    if not (path / MANIFEST).is_file():
-        raise ValueError(
-            f"{path} is not a checkpoint: it has no {MANIFEST}; give a folder such as .../checkpoints/step_0000400"
-        )
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path / MANIFEST} is damaged: not JSON ({error})") from None
-    fields = {"format", "step", "tokens", "shapes", "run", "files"}
-    if not isinstance(manifest, dict) or set(manifest) != fields or manifest["format"] != FORMAT:
-        raise ValueError(
-            f"{path / MANIFEST} is not the manifest of a checkpoint that this version reads (format {FORMAT})"
-        )
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
+    manifest = _read_manifest(path)
+    files = manifest.pop("files")
+    for name, entry in files.items():
+        if not (path / name).is_file():
             raise ValueError(f"checkpoint {path} is damaged: {name} is missing; take another checkpoint")
-        if file.stat().st_size != entry["bytes"]:
+        size = (path / name).stat().st_size
+        if size != entry["bytes"]:
             raise ValueError(
-                f"checkpoint {path} is damaged: {name} has {file.stat().st_size:,} bytes, not {entry['bytes']:,}; "
+                f"checkpoint {path} is damaged: {name} has {size:,} bytes, not {entry['bytes']:,}; "
                 "take another checkpoint"
             )
-        if file_sha256(file) != entry["sha256"]:
-            raise ValueError(
-                f"checkpoint {path} is damaged: the content of {name} has changed; take another checkpoint"
-            )
+    share = sorted(files, key=lambda name: files[name]["bytes"])[rank::world_size]
+    with ThreadPoolExecutor(HASHERS) as threads:
+        for name, found in zip(share, threads.map(file_sha256, [path / name for name in share]), strict=True):
+            if found != files[name]["sha256"]:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise ValueError(
+                    f"checkpoint {path} is damaged: the content of {name} has changed; take another checkpoint"
+                )
+    return Checkpoint(path=path, files=files, **manifest)
+
+
+def _read_manifest(folder):
+    """The manifest's fields, without those that are about itself. Raises ValueError, in one line, if it is damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a checkpoint: it has no {MANIFEST}; give a folder such as .../checkpoints/step_0000400"
+        )
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from None
+    format_ = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(format_, int) or set(manifest) != FIELDS_BY_FORMAT.get(format_):
+        raise ValueError(f"{path} is not the manifest of a checkpoint that this version reads (format {FORMAT})")
+    if format_ > 1 and manifest.pop("sha256") != _checksum(manifest):
+        raise ValueError(f"{path} is damaged: its content has changed; take another checkpoint")
     del manifest["format"]
-    return Checkpoint(path=path, **manifest)
+    return manifest
+
+
+def _checksum(manifest):
+    """sha256 of a manifest's other fields: a flipped bit in the manifest itself is found too."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def copy_stretch(target, pieces, start):
@@ -168,15 +192,56 @@ def write_weights(folder, config, tensors, *, source, tokenizer=None):
     """
     folder = Path(folder)
     with new_folder(folder) as part:
-        flat = {f"{WEIGHT}/{name}": tensor.detach().float().flatten().contiguous() for name, tensor in tensors.items()}
-        save_file(flat, part / "rank00000.safetensors", metadata={"starts": json.dumps(dict.fromkeys(flat, 0))})
+        places = {f"{WEIGHT}/{name}": (0, tensor.numel()) for name, tensor in tensors.items()}
+        flat = (tensor.detach().float().flatten().cpu().numpy() for tensor in tensors.values())
+        files = {"rank00000.safetensors": write_pieces(part / "rank00000.safetensors", places, flat)}
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, part / TOKENIZER)
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in sorted(part.iterdir())}
+            files[TOKENIZER] = write_file(part / TOKENIZER, [Path(tokenizer).read_bytes()])
         run = {"model": asdict(config), "data": {"path": str(source), "manifest_sha256": None}}
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        manifest = {"format": FORMAT, "step": 0, "tokens": 0, "shapes": shapes, "run": run, "files": files}
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_manifest(part, step=0, tokens=0, shapes=shapes, run=run, files=files)
+
+
+def write_pieces(path, places, data):
+    """Write a safetensors file of flat float32 pieces. Returns its entry in the manifest.
+
+    places: {"<kind>/<parameter>": (start, numel)}; data: buffers that hold them back to back, in that order.
+    Other threads go on meanwhile: safetensors' own save_file holds the interpreter's lock while it copies.
+    """
+    header: dict[str, Any] = {
+        "__metadata__": {"starts": json.dumps({key: start for key, (start, _) in places.items()})}
+    }
+    end = 0
+    for key, (_, numel) in places.items():
+        begin, end = end, end + 4 * numel
+        header[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned when they are mapped
+    return write_file(path, chain([len(text).to_bytes(8, "little"), text], data))
+
+
+def write_file(path, data):
+    """Write a new file from buffers, to the disk, and hash it while it is written. Returns its entry in the manifest.
+
+    Raises FileExistsError rather than write into another process's file.
+    """
+    sha256 = hashlib.sha256()
+    with open(path, "xb") as file:
+        for part in data:
+            sha256.update(part)
+            file.write(part)
+        n_bytes = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": n_bytes, "sha256": sha256.hexdigest()}
+
+
+def write_manifest(folder, *, step, tokens, shapes, run, files):
+    """Write checkpoint.json, which makes a checkpoint of the files."""
+    manifest = {"format": FORMAT, "step": step, "tokens": tokens, "shapes": shapes, "run": run, "files": files}
+    # read back, so that the sum is of what a reader will find, not of tuples or of numbers as keys
+    manifest["sha256"] = _checksum(json.loads(json.dumps(manifest)))
+    write_file(folder / MANIFEST, [(json.dumps(manifest, indent=2) + "\n").encode()])
 
 
 @contextmanager

@@ -71,6 +71,10 @@ class TrainConfig:
     init_from: str | None = option(None, help="a checkpoint whose weights the run starts from, of another run or of model.import_hf; optimizer, schedule and data begin anew (default: random weights)")
     resume: bool = option(False, help="go on from the run's newest whole checkpoint")
     verify_data: bool = option(True, help="compare the sha256 of every shard with the manifest before training")
+    norms_every: int = option(10, least=0, help="steps between measurements of the gradient's norm by part of the network; 0 leaves them out")
+    wandb: str | None = option(None, help="send what metrics.jsonl says to Weights & Biases, to the project of this name; WANDB_MODE=offline keeps it in the run's folder (default: do not)")
+    tensorboard: bool = option(False, help="write what metrics.jsonl says for TensorBoard, to tensorboard/ in the run's folder")
+    clearml: str | None = option(None, help="send what metrics.jsonl says to ClearML, to the project of this name; CLEARML_OFFLINE_MODE=1 keeps it on this machine (default: do not)")
     # fmt: on
 
 

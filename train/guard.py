@@ -15,7 +15,7 @@ FLAT = 1e-3  # of the mean: a spread below it is taken for this, so that a loss 
 
 
 class Guard:
-    """sigma: 0 skips only what is not a number. state: what state() gave, of the checkpoint that the run goes on from."""
+    """sigma: 0 skips only what is not a number. state: what state() gave, of the checkpoint a run goes on from."""
 
     def __init__(self, sigma, state=None):
         state = state or {}

@@ -18,12 +18,14 @@ from train.engine import complete_ds_config, default_ds_config, make_engine, rea
 from train.explain import explain
 from train.guard import WINDOW, Guard
 from train.metrics import Metrics
+from train.norms import GradientNorms
 from train.optim import check_optimizer
 from train.processes import Stop, start_processes, tell
-from train.run_dir import RunDir, check_new_or_resumed, describe, remove_unfinished, write_json
+from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, describe, remove_unfinished, write_json
 from train.saves import Saves, go_back
 from train.schedule import learning_rate
 from train.stragglers import Clock, Stragglers
+from train.trackers import check_trackers
 from train.training_data import open_training_data
 from train.validate import heldout_loss
 from train.watchdog import Watchdog
@@ -58,6 +60,7 @@ def train(config, origins=None, explain_for=None):
             explain(config, origins, plan, ds_config, world_size)
         return
     check_optimizer(config)
+    check_trackers(config)
     ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
     record = describe(config, plan, ds_config, world_size, data.sha256) | {"kernels": ops.__name__, "origins": origins}
     run_dir = RunDir(Path(config.run))
@@ -77,7 +80,8 @@ def train(config, origins=None, explain_for=None):
     if rank == 0:
         remove_unfinished(run_dir)
         write_json(run_dir.config, record)
-        metrics = Metrics(run_dir, step + 1, plan.last_step)
+        cut_metrics(run_dir.metrics, step)
+        metrics = Metrics(run_dir, config, plan, step + 1, world_size, record)
         going = f"goes on from step {step}" if step else "starts"
         batch = (
             f"{world_size} processes x {plan.grad_accum} x {plan.micro_batch} sequences of {plan.model.seq_len} tokens"
@@ -89,7 +93,7 @@ def train(config, origins=None, explain_for=None):
 
     watchdog = Watchdog(rank, world_size, config.timeout_minutes * 60, run_dir.stacks(rank), metrics)
     with watchdog:
-        engine, guard = ready(plan, config, ds_config, checkpoint, initial)
+        engine, guard, norms = ready(plan, config, ds_config, checkpoint, initial)
         saves = Saves(engine, run_dir, config.keep, data.tokenizer_file, metrics)
         passed = checkpoint.run.get("passed_over", 0) if checkpoint else 0  # steps of data that no weight has seen
         batches = data.batches(plan, rank, world_size, step + passed + 1, device, checkpoint)
@@ -99,6 +103,8 @@ def train(config, origins=None, explain_for=None):
             step += 1
             began = time.perf_counter()
             set_learning_rate(engine, learning_rate(step, plan), plan)
+            if norms:
+                norms.begin(step)
             total_loss = torch.zeros((), device=device)
             for i in range(plan.grad_accum):
                 watchdog.note(step, "data")
@@ -126,6 +132,8 @@ def train(config, origins=None, explain_for=None):
                 "lr": learning_rate(step, plan),
                 "grad_norm": grad_norm,
             } | ({"skipped": skipped} if skipped else {})
+            if norms:
+                row |= norms.end(grad_norm)
             if config.eval_every and (step % config.eval_every == 0 or (step == plan.last_step and not told.stop)):
                 row |= heldout_loss(
                     engine, data.heldout, plan, config.eval_tokens, partial(watchdog.note, step, "eval")
@@ -136,39 +144,45 @@ def train(config, origins=None, explain_for=None):
                     metrics.event("skip", step, f"step {step} is skipped: {skipped}")
                 for slow, why in stragglers.note(told).items():
                     metrics.event("slow_rank", step, f"{watchdog.name(slow)} is slow: {why}", rank=slow)
+            if saves.pending and told.written:
+                saves.finish()
             if last or (config.save_every and step % config.save_every == 0):
                 watchdog.note(step, "save")
                 state = {"guard": guard.state(), "skipped_steps": guard.skipped_steps, "passed_over": passed}
                 saves.begin(step, step * batch_tokens, record | data.state() | state, row.get("heldout_loss"))
-            if saves.pending and (last or told.written):
-                saves.finish(must=last)
+            if last:
+                saves.finish(must=True)
             if told.stop:
                 break
             if guard.in_a_row >= (config.rollback_after or WINDOW):
+                if saves.pending:
+                    saves.finish()
                 checkpoint = go_back(run_dir, step, guard, returns, metrics, say_on(rank))
                 passed += step - checkpoint.step
                 step = checkpoint.step
                 engine.destroy()
-                engine, guard = ready(plan, config, ds_config, checkpoint, None)
-                saves = Saves(engine, run_dir, config.keep, data.tokenizer_file, metrics)
+                engine, guard, norms = ready(plan, config, ds_config, checkpoint, None)
+                saves.engine = engine
     if metrics:
-        metrics.event(
-            "finished" if step == plan.last_step else "stop", step, f"checkpoint: {run_dir.checkpoint(step)}"
-        )
+        kind, word = ("finished", "finished") if step == plan.steps else ("stop", "stopped")
+        metrics.event(kind, step, f"{word} at step {step:,}")
         metrics.close()
+        print(f"checkpoint: {run_dir.checkpoint(step)}")
     dist.destroy_process_group()
     if step < plan.last_step:
         raise Stopped(f"stopped at step {step} of {plan.last_step}; go on with --resume", told.stop)
 
 
 def ready(plan, config, ds_config, checkpoint, initial):
-    """The engine and the guard, as the checkpoint has them; else with the weights of `initial`, or random ones."""
+    """The engine, its guard and its meter of norms, as the checkpoint has them; else with the weights of `initial`, or
+    random ones.
+    """
     weights = checkpoint or initial
     guard = Guard(config.skip_sigma, checkpoint.run.get("guard") if checkpoint else None)
     engine = make_engine(plan, config, ds_config, weights=weights.tensors() if weights else None, guard=guard)
     if checkpoint:
         restore_optimizer(engine, checkpoint)
-    return engine, guard
+    return engine, guard, GradientNorms(engine, config.norms_every, config.clip) if config.norms_every else None
 
 
 def say_on(rank):

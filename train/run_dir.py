@@ -2,11 +2,12 @@
 
 runs/demo/
     config.json                     the resolved configuration, written before step 1
-    metrics.jsonl                   one object a step
-    events.jsonl                    what happened beside steps: starts, skipped steps, going back, slow ranks ...
-    log/rank00000.stacks.txt        where every thread of a process stood when the watchdog saw the run hang
+    metrics.jsonl, metrics.csv      one object, and one row, a step
+    events.jsonl                    what happened beside the steps: starts, resumes, saves, skipped steps, hangs
+    log/rank00000.stacks.txt        where each process stood when the run hung
     checkpoints/step_0000400/       see train/checkpoint.py
     best.json                       which of them has the lowest held-out loss
+    tensorboard/, trackers/         what train/trackers.py keeps
     eval/step_0000400.json          scores of that checkpoint
     report.html
 """
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,7 +36,7 @@ MAY_CHANGE = frozenset({
     "run.data", "run.run", "run.stop_after", "run.micro_batch", "run.ds_config", "run.save_every", "run.keep",
     "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.timeout_minutes",
     "run.skip_sigma", "run.rollback_after",
-    "run.preset", "run.kernels", "run.recompute",
+    "run.preset", "run.kernels", "run.recompute", "run.norms_every", "run.wandb", "run.tensorboard", "run.clearml",
     "plan.last_step", "plan.micro_batch", "plan.grad_accum",
 })  # fmt: skip
 # A run that was started before ModelConfig or TrainConfig had a field was of that field's default.
@@ -81,6 +83,10 @@ class RunDir:
         """Finished checkpoints, oldest first."""
         found = (self.path / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*")
         return sorted(path for path in found if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit())
+
+    def unfinished(self):
+        """What a crash left of checkpoints that were being written or deleted, oldest first."""
+        return sorted((self.path / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*.part"))
 
 
 def write_json(path, value):
@@ -166,18 +172,15 @@ def note_best(run_dir, losses):
 
 def remove_unfinished(run_dir):
     """Delete what a crash left of checkpoints that were being written."""
-    for path in (run_dir.path / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*.part"):
-        remove_folder(path)
+    for path in run_dir.unfinished():
+        shutil.rmtree(path)
 
 
 def remove_folder(path):
     """Delete a checkpoint folder; renamed first, so that a crash half-way leaves nothing that looks whole."""
-    going = path.with_name(path.name.removesuffix(".part") + ".part")
-    if going != path:
-        os.replace(path, going)
-    for file in going.iterdir():
-        file.unlink()
-    going.rmdir()
+    going = path.with_name(path.name + ".part")
+    os.replace(path, going)
+    shutil.rmtree(going)
 
 
 def describe(config, plan, ds_config, world_size, data_sha256):

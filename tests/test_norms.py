@@ -1,0 +1,79 @@
+"""The gradient's norm by part: what plain PyTorch finds, with every ZeRO stage, accumulation and number of processes."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from launching import ROOT, free_port
+from norms_worker import RUNS, STEPS
+from parity_worker import CLIP, make_run
+
+from model.config import PRESETS
+from model.hybrid import HybridLM
+from train.norms import PARTS, part_of, parts_of
+
+
+@pytest.fixture(scope="module")
+def plain(data):
+    """[[gradient norm, {part: norm}] of each step] of a plain loop on one process."""
+    from train.data import training_batches
+    from train.optim import parameter_groups
+    from train.schedule import learning_rate
+
+    config, plan, stream = make_run(str(data), 1, 1)
+    torch.manual_seed(config.seed)
+    model = HybridLM(plan.model)
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8)
+    batches, rows = training_batches(stream, plan, config.seed, 0, 1, 1, "cpu"), []
+    for step in range(1, STEPS + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, plan)
+        batch = next(batches)
+        model(batch.tokens, targets=batch.targets, document_ids=batch.document_ids).backward()
+        squares = Counter()
+        for name, parameter in model.named_parameters():
+            squares[part_of(name, plan.model.layer_pattern)] += parameter.grad.double().square().sum().item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append([norm.item(), {part: math.sqrt(square) for part, square in squares.items()}])
+    return rows
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_norms_by_part_are_those_of_plain_pytorch(data, plain, processes, tmp_path):
+    out = tmp_path / "results.json"
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}",
+        str(ROOT / "tests/norms_worker.py"), str(data), str(out),
+    ]  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads(out.read_text())
+    assert len(results) == len(RUNS)
+    for name, rows in results.items():
+        loose = 0.05 if "bf16" in name else 1e-4  # bf16 weights have other gradients
+        for (norm, by_part), (expected, expected_by_part) in zip(rows, plain, strict=True):
+            assert sum(n**2 for n in by_part.values()) == pytest.approx(norm**2, rel=1e-4), name
+            assert norm == pytest.approx(expected, rel=loose), name
+            assert by_part == pytest.approx(expected_by_part, rel=loose), name
+    assert min(norm for norm, _ in plain) > CLIP  # so that the optimizer sees a clipped gradient
+
+
+@pytest.mark.parametrize("size", ["tiny", "nano-gated"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_is_of_the_part_that_the_config_counts_it_in(size, tied):
+    config = dataclasses.replace(
+        PRESETS[size], vocab_size=512, qk_norm=True, embedding_norm=True, tied_embeddings=tied
+    )
+    counts = Counter()
+    for name, parameter in HybridLM(config).named_parameters():
+        counts[part_of(name, config.layer_pattern)] += parameter.numel()
+    assert {part: counts[part] for part in PARTS} == config.parameters_by_part
+    assert parts_of(config) == [part for part in PARTS if counts[part]]
