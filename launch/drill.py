@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -41,9 +42,8 @@ STEPS, SAVE_EVERY, BREAK_AT = 30, 10, 14  # a fault from outside comes after ste
 SPIKE_STEPS, SPIKE_AT = 80, 72  # the guard compares with at least 64 steps
 NAN_AT = 12
 PACE_S = 0.1  # a step takes at least this long, so that the fault comes in the middle
-HOST_TIMEOUT_S, FROZEN_S = 15.0, 4.0
+HOST_TIMEOUT_S, FROZEN_S, STUCK_MINUTES = 15.0, 4.0, 0.5
 OWN_S = 8.0  # what a loaded machine may add to a stated time
-FEWER_HOSTS = 1e-5  # largest loss difference on other processes; on the same it is 0
 LIMIT_S = 600.0  # a row that takes longer has failed
 DISK_MB, ROOM_KB = 24, 40  # the disk that fills; what is left on it, enough for lines and too little for a checkpoint
 
@@ -51,29 +51,18 @@ DISK_MB, ROOM_KB = 24, 40  # the disk that fills; what is left on it, enough for
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     name: str
-    within_s: float  # the stated time
-    rank: str  # who must be named
-    host: str
-    after: str  # how the job must go on: "both hosts", "hostA", "the same process"
+    play: Callable  # (fault, cluster, job, row): puts the fault in, and writes down what the job does about it
+    within_s: float  # the stated time in which it is noticed
+    named: str = "-"  # who must be named, "rank 1, hostB", or the step that must
+    after: str = "both hosts"  # what the job must go on with
     worker: tuple = ()  # flags of drill_worker.py
     unbroken: tuple = ()  # those of the run that it is compared with
-    steps: int = STEPS
     left_out: int = 0  # the step whose own loss is not compared: it was not taken
+    difference: float = 0.0  # the largest loss difference allowed
+    steps: int = STEPS
+    timeout_minutes: float = 5.0
+    on_small_disk: bool = False
     short: bool = False
-
-
-FAULTS = (
-    Fault(name="worker killed", within_s=2, rank="1", host="hostB", after="both hosts", short=True),
-    Fault(name="host cut off", within_s=HOST_TIMEOUT_S + 2, rank="1", host="hostB", after="hostA"),
-    Fault(name="worker frozen", within_s=FROZEN_S + 2, rank="1", host="hostB", after="both hosts", short=True),
-    Fault(name="SIGTERM", within_s=2, rank="-", host="-", after="both hosts"),
-    Fault(name="NaN", within_s=2, rank="-", host="-", after="the same process", short=True, left_out=NAN_AT,
-          worker=("--fault", f"nan:{NAN_AT}:1"), unbroken=("--skip", str(NAN_AT))),
-    Fault(name="spike", within_s=2, rank="-", host="-", after="the same process", steps=SPIKE_STEPS, left_out=SPIKE_AT,
-          worker=("--fault", f"spike:{SPIKE_AT}:1"), unbroken=("--skip", str(SPIKE_AT))),
-    Fault(name="full disk", within_s=5, rank="0", host="hostA",
-          after="the same process"),
-)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -118,7 +107,7 @@ class Cluster:
     def make(self):
         remove_leftovers()
         self.disk.mkdir()
-        call("mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "drill", str(self.disk))
+        call("mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", f"{self.prefix}disk", str(self.disk))
         switch = self.namespace("switch")
         call("ip", "netns", "add", switch)
         call("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
@@ -171,9 +160,10 @@ class Cluster:
     def link(self, name, state):
         call("ip", "-n", self.namespace(name), "link", "set", "eth0", state)
 
-    def command(self, run, data, steps, worker):
+    def command(self, run, data, fault, worker):
         """launch.supervise on the switch, as on a login node that trains nothing itself."""
-        program = [str(ROOT / "launch/drill_worker.py"), "--pace", str(PACE_S), *worker, "--"]
+        once = ["--once", str(run.with_suffix(".once"))]
+        program = [str(ROOT / "launch/drill_worker.py"), "--pace", str(PACE_S), *once, *worker, "--"]
         supervise = [
             sys.executable, "-m", "launch.supervise", "--hostfile", str(self.folder / "hostfile"),
             "--ssh-args", f"-F {self.folder}/ssh_config", "--program", shlex.join(program),
@@ -183,8 +173,8 @@ class Cluster:
             supervise += ["--env", f"{name}={value}"]
         supervise += ["--env", "CUDA_VISIBLE_DEVICES=", "--"]
         train = {
-            "size": "tiny", "data": data, "run": run, "steps": steps, "batch-tokens": 256, "micro-batch": 2,
-            "lr": 1e-3, "save-every": SAVE_EVERY, "eval-every": 0, "keep": 3, "timeout-minutes": 5,
+            "size": "tiny", "data": data, "run": run, "steps": fault.steps, "batch-tokens": 256, "micro-batch": 2,
+            "lr": 1e-3, "save-every": SAVE_EVERY, "eval-every": 0, "keep": 3, "timeout-minutes": fault.timeout_minutes,
         }  # fmt: skip
         supervise += [word for name, value in train.items() for word in (f"--{name}", str(value))]
         return ["ip", "netns", "exec", self.namespace("switch"), *supervise]
@@ -193,9 +183,9 @@ class Cluster:
 class Job:
     """One supervised run: started, watched, broken."""
 
-    def __init__(self, cluster, run, data, steps, worker=()):
+    def __init__(self, cluster, run, data, fault, worker):
         self.run_dir, self.log, self.mark = RunDir(run), run.parent / f"{run.name}.log", f"{run.resolve()}@"
-        self.command = cluster.command(run, data, steps, worker)
+        self.command = cluster.command(run, data, fault, worker)
         self.process = None
         self.until = time.monotonic() + LIMIT_S
 
@@ -265,99 +255,161 @@ class Job:
 def play(fault, cluster, folder, data, unbroken):
     """Run one fault; returns its Row. unbroken: the metrics of the run to compare with."""
     row = Row(fault=fault)
-    run = (cluster.disk if fault.name == "full disk" else folder) / fault.name.replace(" ", "_")
-    with Job(cluster, run, data, fault.steps, fault.worker) as job:
+    run = (cluster.disk if fault.on_small_disk else folder) / fault.name.replace(" ", "_")
+    with Job(cluster, run, data, fault, fault.worker) as job:
         try:
-            break_it(fault, cluster, job, row)
+            fault.play(fault, cluster, job, row)
             code = job.finish()
             if code != DONE:
                 row.problems.append(f"the job ended with exit code {code}")
         except (TimeoutError, RuntimeError) as error:
             row.problems.append(str(error))
         finally:
-            if fault.name == "host cut off":
-                cluster.link(fault.host, "up")
+            cluster.link("hostB", "up")
         compare(row, job.rows(), unbroken)
+        if row.problems:
+            say(f"drill: the end of {job.log}: {last_lines(job.log)}")
     if row.noticed_s is not None and row.noticed_s > fault.within_s + OWN_S:
         row.problems.append(f"noticed after {row.noticed_s:.1f} s, and not within {fault.within_s:g} s")
-    if row.went_on != fault.after:
-        row.problems.append(f"went on with {row.went_on}, and not with {fault.after}")
-    if fault.host != "-" and row.named != f"{fault.rank} {fault.host}":
-        row.problems.append(f"named {row.named}")
+    for what, got, wanted in (("went on with", row.went_on, fault.after), ("named", row.named, fault.named)):
+        if got != wanted:
+            row.problems.append(f"{what} {got}, and not {wanted}")
     return row
 
 
-def break_it(fault, cluster, job, row):
-    """Put the fault in, and write down what the job does about it."""
-    if fault.worker:  # it breaks itself
-        entry = job.wait("the bad step to be skipped", lambda: job.said("skip"))
-        done = next((r for r in job.rows() if r["step"] == entry["step"]), None)
-        row.noticed_s, row.said, row.steps_lost = 0.0, entry["text"], 1
-        row.went_on = "the same process"
-        if entry["step"] != fault.left_out or done is None:
-            row.problems.append(f"skipped step {entry['step']}, and not {fault.left_out}")
-        job.finish()
-        if job.said("failure"):
-            row.went_on = "a restart"
-        return
+def kill_worker(fault, cluster, job, row):
+    break_host_b(cluster, job, row, lambda worker: os.kill(worker, signal.SIGKILL))
+
+
+def freeze_worker(fault, cluster, job, row):
+    break_host_b(cluster, job, row, lambda worker: os.kill(worker, signal.SIGSTOP))
+
+
+def cut_host_off(fault, cluster, job, row):
+    break_host_b(cluster, job, row, lambda worker: cluster.link("hostB", "down"))
+
+
+def break_host_b(cluster, job, row, harm):
+    """Wait for step BREAK_AT, harm the worker of hostB, and see the job noticing and going on."""
     job.wait(f"step {BREAK_AT}", lambda: job.step() >= BREAK_AT)
     worker, began = job.worker("hostB"), time.time()
-    filler = cluster.disk / "filler"
-    if fault.name == "worker killed":
-        os.kill(worker, signal.SIGKILL)
-    elif fault.name == "worker frozen":
-        os.kill(worker, signal.SIGSTOP)
-    elif fault.name == "host cut off":
-        cluster.link("hostB", "down")
-    elif fault.name == "SIGTERM":
-        job.process.terminate()
-        entry = job.wait("the job to say that it stops", lambda: job.said("stopping"))
-        row.noticed_s, row.said = entry["time"] - began, entry["text"]
-        code = job.finish()
-        if code != REQUEUE:
-            row.problems.append(f"ended with exit code {code}, and not {REQUEUE}")
-        stopped = job.step()
-        job.start()  # as a scheduler does that requeues a job
-        resumed = job.wait("the job to go on", lambda: job.said("resumed", since=entry["time"]))
-        note_restart(job, row, resumed, stopped)
-        return
-    elif fault.name == "full disk":
-        free = os.statvfs(cluster.disk)
-        with open(filler, "wb") as file:
-            file.write(bytes(free.f_bavail * free.f_frsize - ROOM_KB * 1024))
-        entry = job.wait("the failed save", lambda: job.said("save_failed"))
-        filler.unlink()
-        row.noticed_s, row.said, row.steps_lost = entry["time"] - began, entry["text"], 0
-        if names := re.search(r"rank (\d+) on (\w+)", entry["text"]):
-            row.named = f"{names[1]} {names[2]}"
-        row.went_on = "the same process"
-        job.finish()
-        if job.said("failure"):
-            row.went_on = "a restart"
-        if not job.run_dir.checkpoint(fault.steps).exists():
-            row.problems.append("the last checkpoint is missing")
-        return
-    entry = job.wait("the failure to be noticed", lambda: job.said("failure", since=began))
-    row.noticed_s, row.said = entry["time"] - began, entry["text"]
-    if entry["rank"] is not None:
-        row.named = f"{entry['rank']} {entry['host']}"
-    started = job.wait("the restart", lambda: job.said("start", since=entry["time"]))
-    if worker_lives(worker):
-        row.problems.append(f"the old rank on hostB still ran when the others started again at {started['time']:.0f}")
-    note_restart(
-        job, row, job.wait("the run to go on", lambda: job.said("resumed", since=entry["time"])), entry["step"]
-    )
+    harm(worker)
+    note_failure(job, row, began, worker)
 
 
-def note_restart(job, row, resumed, step):
-    row.went_on = "both hosts" if len(resumed["hosts"]) == len(HOSTS) else ", ".join(resumed["hosts"])
+def note_failure(job, row, began, worker):
+    failure = job.wait("the failure to be noticed", lambda: job.said("failure", since=began))
+    row.noticed_s, row.said = failure["time"] - began, failure["text"]
+    row.named = f"rank {failure['rank']}, {failure['host']}"
+    job.wait("the restart", lambda: job.said("start", since=failure["time"]))
+    if vitals(worker)[0] not in "?ZX":
+        row.problems.append("the old rank on hostB still ran when the others started again")
+    note_restart(job, row, failure["time"], failure["step"])
+
+
+def note_restart(job, row, since, step):
+    """Write down with what and from where the job goes on that had come to `step`; returns the entry that says so."""
+    resumed = job.wait("the run to go on", lambda: job.said("resumed", since=since))
+    row.went_on = "both hosts" if len(resumed["hosts"]) == len(HOSTS) else resumed["hosts"][0]
     row.steps_lost = step - resumed["step"]
     if resumed["step"] == 0:
         row.problems.append("it began anew, and not from a checkpoint")
+    return resumed
 
 
-def worker_lives(pid):
-    return vitals(pid)[0] not in "?ZX"
+def lose_host_and_find_it_again(fault, cluster, job, row):
+    """Cut hostB off; when the job has gone on without it, mend the link and kill the worker of hostA."""
+    cut_host_off(fault, cluster, job, row)
+    first, lost = row.went_on, row.steps_lost
+    cluster.link("hostB", "up")
+    again = BREAK_AT + SAVE_EVERY
+    job.wait(f"step {again}", lambda: job.step() >= again)
+    began = time.time()
+    os.kill(job.worker("hostA"), signal.SIGKILL)
+    note_restart(job, row, began, job.wait("a failure", lambda: job.said("failure", since=began))["step"])
+    row.went_on, row.steps_lost = f"{first}, then {row.went_on}", row.steps_lost + lost
+
+
+def get_stuck(fault, cluster, job, row):
+    """A worker waits for ever in its forward pass: every process lives, none gets on."""
+    once = job.run_dir.path.with_suffix(".once")
+    job.wait("the worker to get stuck", once.exists)
+    note_failure(job, row, once.stat().st_mtime, job.worker("hostB"))
+
+
+def ask_to_stop(fault, cluster, job, row):
+    """SIGTERM, and the start again that a scheduler makes."""
+    job.wait(f"step {BREAK_AT}", lambda: job.step() >= BREAK_AT)
+    began = time.time()
+    job.process.terminate()
+    entry = job.wait("the job to say that it stops", lambda: job.said("stopping"))
+    row.noticed_s, row.said = entry["time"] - began, entry["text"]
+    if (code := job.finish()) != REQUEUE:
+        row.problems.append(f"ended with exit code {code}, and not {REQUEUE}")
+    stopped = job.step()
+    job.start()
+    note_restart(job, row, entry["time"], stopped)
+
+
+def take_a_bad_step(fault, cluster, job, row):
+    """The worker breaks the step by itself; the job must leave that step out, and nothing else."""
+    entry = job.wait("the bad step to be skipped", lambda: job.said("skip"))
+    row.noticed_s, row.said, row.named, row.steps_lost = 0.0, entry["text"], f"step {entry['step']}", 1
+    note_same_process(job, row)
+
+
+def fill_disk(fault, cluster, job, row):
+    """Fill the disk of the run's folder but for a little, until a save has failed."""
+    job.wait(f"step {BREAK_AT}", lambda: job.step() >= BREAK_AT)
+    began, free, filler = time.time(), os.statvfs(cluster.disk), cluster.disk / "filler"
+    with open(filler, "wb") as file:
+        file.write(bytes(free.f_bavail * free.f_frsize - ROOM_KB * 1024))
+    entry = job.wait("the failed save", lambda: job.said("save_failed"))
+    filler.unlink()
+    row.noticed_s, row.said, row.steps_lost = entry["time"] - began, entry["text"], 0
+    if found := re.search(r"(rank \d+) on (\w+)", entry["text"]):
+        row.named = f"{found[1]}, {found[2]}"
+    note_same_process(job, row)
+    if not job.run_dir.checkpoint(fault.steps).exists():
+        row.problems.append("the last checkpoint is missing")
+
+
+def note_same_process(job, row):
+    job.finish()
+    row.went_on = "a restart" if job.said("failure") else "the same processes"
+
+
+FEWER_HOSTS = 1e-5  # largest loss difference where a part of the steps was taken by other processes
+FAULTS = (
+    Fault(name="worker killed", play=kill_worker, within_s=2, named="rank 1, hostB", short=True),
+    Fault(
+        name="host cut off", play=cut_host_off, within_s=HOST_TIMEOUT_S + 2, named="rank 1, hostB", after="hostA",
+        difference=FEWER_HOSTS,
+    ),
+    Fault(
+        name="host cut off and back", play=lose_host_and_find_it_again, within_s=HOST_TIMEOUT_S + 2,
+        named="rank 1, hostB", after="hostA, then both hosts", difference=FEWER_HOSTS,
+    ),
+    Fault(name="worker frozen", play=freeze_worker, within_s=FROZEN_S + 2, named="rank 1, hostB", short=True),
+    Fault(
+        name="worker stuck", play=get_stuck, within_s=60 * STUCK_MINUTES, named="rank 1, hostB",
+        worker=("--fault", f"stuck:{BREAK_AT}:1"), timeout_minutes=STUCK_MINUTES,
+    ),
+    Fault(name="SIGTERM", play=ask_to_stop, within_s=2),
+    Fault(
+        name="NaN", play=take_a_bad_step, within_s=0, named=f"step {NAN_AT}", after="the same processes", short=True,
+        worker=("--fault", f"nan:{NAN_AT}:1"), unbroken=("--skip", str(NAN_AT)), left_out=NAN_AT,
+    ),
+    Fault(
+        name="spike", play=take_a_bad_step, within_s=0, named=f"step {SPIKE_AT}", after="the same processes",
+        worker=("--fault", f"spike:{SPIKE_AT}:1"), unbroken=("--skip", str(SPIKE_AT)), left_out=SPIKE_AT,
+        steps=SPIKE_STEPS,
+    ),
+    Fault(
+        name="full disk", play=fill_disk, within_s=5, named="rank 0, hostA", after="the same processes",
+        on_small_disk=True,
+    ),
+)  # fmt: skip
 
 
 def compare(row, rows, unbroken):
@@ -369,9 +421,8 @@ def compare(row, rows, unbroken):
         row.problems.append(f"metrics.jsonl has {len(rows)} rows, to step {max(got, default=0)} of {fault.steps}")
     steps = [step for step in got if step in wanted and step != fault.left_out]
     row.difference = max((abs(got[step] - wanted[step]) for step in steps), default=math.nan)
-    allowed = FEWER_HOSTS if fault.after == "hostA" else 0.0
-    if not row.difference <= allowed:
-        row.problems.append(f"losses differ by {row.difference:.2g}, and not by {allowed:g} at most")
+    if not row.difference <= fault.difference:
+        row.problems.append(f"losses differ by {row.difference:.2g}, and not by {fault.difference:g} at most")
 
 
 def make_data(folder):
@@ -391,7 +442,7 @@ def make_data(folder):
 def train_unbroken(fault, cluster, folder, data):
     """Metrics of a run to which nothing happens, on both hosts."""
     run = folder / f"unbroken_{'_'.join(fault.unbroken).strip('-') or 'run'}"
-    with Job(cluster, run, data, fault.steps, fault.unbroken) as job:
+    with Job(cluster, run, data, fault, fault.unbroken) as job:
         code = job.finish()
         if code != DONE or job.said("failure"):
             raise RuntimeError(f"the unbroken run failed with {code}: {last_lines(job.log)}")
@@ -414,11 +465,17 @@ def find(program):
 
 
 def remove_leftovers():
-    """Namespaces of drills that are gone: killed ones could not remove them."""
+    """Hosts and disks of drills that were killed, and could not remove them."""
+
+    def is_left(name):
+        return not Path("/proc", re.findall(r"\d+", name)[0]).exists()
+
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
-    for name in re.findall(r"^(drill\d+-\w+)", listed, re.MULTILINE):
-        if not Path("/proc", re.findall(r"\d+", name)[0]).exists():
-            end_namespace(name)
+    for name in filter(is_left, re.findall(r"^drill\d+-\w+", listed, re.MULTILINE)):
+        end_namespace(name)
+    for name, place in re.findall(r"^(drill\d+-disk) (\S+)", Path("/proc/mounts").read_text(), re.MULTILINE):
+        if is_left(name):
+            subprocess.run(["umount", "-l", place], capture_output=True)
 
 
 def end_namespace(name):
@@ -442,11 +499,10 @@ def table(rows):
     heads = ("fault", "noticed after", "named", "went on with", "steps lost", "largest loss difference", "verdict")
     lines = [heads, ("---",) * len(heads)]
     for row in rows:
-        rank, _, host = row.named.partition(" ")
         lines.append((
             row.fault.name,
-            "-" if row.noticed_s is None else "in the step" if row.fault.worker else f"{row.noticed_s:.1f} s",
-            f"rank {rank}, {host}" if host else f"step {row.fault.left_out}" if row.fault.left_out else "-",
+            "-" if row.noticed_s is None else "in the step" if row.fault.left_out else f"{row.noticed_s:.1f} s",
+            row.named,
             row.went_on,
             "-" if row.steps_lost is None else str(row.steps_lost),
             "-" if row.difference is None else f"{row.difference:.1g}",
@@ -479,9 +535,6 @@ def drill(faults, folder):
             rows.append(row)
             verdict = "; ".join(row.problems) or "as expected"
             say(f"drill: {fault.name}: {row.said or 'nothing was said'} [{time.monotonic() - began:.0f} s]: {verdict}")
-            if row.problems:
-                log = (cluster.disk if fault.name == "full disk" else folder) / f"{fault.name.replace(' ', '_')}.log"
-                say(f"drill: the end of {log}: {last_lines(log)}")
     return rows
 
 

@@ -1,15 +1,17 @@
 """What the drill's ranks run instead of train/launch.py: the same, with a fault built in from outside.
 
-    launch/drill_worker.py [--pace S] [--fault KIND:STEP:RANK] [--skip STEP] -- flags of train/launch.py
+    launch/drill_worker.py [--pace S] [--fault KIND:STEP:RANK --once FILE] [--skip STEP] -- flags of train/launch.py
 
---pace makes each step take S seconds longer, so that the drill has time to break something in the middle of a run;
---fault nan makes the gradient of a step not-a-number on one rank, --fault spike multiplies its loss by a hundred;
---skip leaves out the update of a step, as the guard would: the unbroken run that a faulty one is compared with.
+--pace makes each step take S seconds longer, so that the drill has time to break something in the middle of a run.
+--fault nan makes the gradient of a step not-a-number on one rank, spike multiplies its loss by a hundred, stuck waits
+in it for ever; with --once not if FILE is there, which it then makes. --skip leaves out the update of a step, as the
+guard would: the unbroken run that a faulty one is compared with.
 """
 
 import argparse
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -45,9 +47,15 @@ def build_in(options):
 
     def faulty_forward(self, *args, **kwargs):
         loss = forward(self, *args, **kwargs)
-        if self.training and options.fault and options.fault[1:] == (now["step"], int(os.environ["RANK"])):
-            return NotANumber.apply(loss) if options.fault[0] == "nan" else SPIKE * loss
-        return loss
+        if not self.training or not options.fault or options.fault[1:] != (now["step"], int(os.environ["RANK"])):
+            return loss
+        if options.once:
+            if options.once.exists():
+                return loss
+            options.once.touch()
+        if options.fault[0] == "stuck":
+            threading.Event().wait()
+        return NotANumber.apply(loss) if options.fault[0] == "nan" else SPIKE * loss
 
     def noted_rate(step, plan):
         if step != now["step"]:
@@ -64,7 +72,7 @@ def build_in(options):
 def read_fault(text):
     """nan:12:1 -> ("nan", 12, 1)"""
     kind, step, rank = text.split(":")
-    if kind not in ("nan", "spike"):
+    if kind not in ("nan", "spike", "stuck"):
         raise ValueError(kind)
     return kind, int(step), int(rank)
 
@@ -73,6 +81,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--pace", type=float, default=0.0)
     parser.add_argument("--fault", type=read_fault)
+    parser.add_argument("--once", type=Path)
     parser.add_argument("--skip", type=int)
     split = sys.argv.index("--")
     options = parser.parse_args(sys.argv[1:split])

@@ -40,6 +40,7 @@ CONNECT_S = 20.0
 END_GRACE_S = 3.0  # after a failure, for last words: without all ranks nothing can be saved
 AGENT_S = 0.1  # how often an agent looks (launch/agent.py)
 WITHOUT_PROGRESS = 3  # attempts in a row that come no further, after which the supervisor gives up
+WITHOUT_HOSTS = 60  # attempts in a row, which is about an hour: a network that is repaired by then ends no run
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # before a restart; doubles while there is no progress
 SETTLE_S = 1.0  # after the first sign of a failure: the reason may arrive after its consequences
 FORWARDED = ("NCCL", "GLOO", "TORCH", "DS_", "OMP_", "PYTHON", "LD_LIBRARY_PATH", "PATH", "CUDA_DEVICE", "TRITON")
@@ -72,6 +73,10 @@ class Failure(Exception):
         super().__init__(text)
         self.weight, self.host, self.rank = weight, host, rank
         self.noticed_after_s, self.code = noticed_after_s, code
+
+
+class TooFewHosts(Failure):
+    """Not enough hosts answer for the job to go on."""
 
 
 class Host:
@@ -139,9 +144,11 @@ class Supervisor:
 
     def run(self):
         """Attempts until the job is done or will not be. Returns the exit code."""
-        furthest, idle = last_step(self.run_dir), 0
+        furthest, idle, absent = last_step(self.run_dir), 0, 0  # idle: attempts in a row that came no further
+        wait = 0.0
         while True:
             try:
+                self.listen_for(wait)
                 self.attempt += 1
                 self.connect()
                 code = self.watch()
@@ -158,29 +165,32 @@ class Supervisor:
             step = last_step(self.run_dir)
             if failure.code == BAD_INPUT:
                 return BAD_INPUT
-            idle = 1 if step > furthest else idle + 1
-            furthest = max(furthest, step)
-            if idle >= WITHOUT_PROGRESS or self.attempt > self.options.max_restarts:
-                why = f"--max-restarts {self.options.max_restarts} is reached"
-                if idle >= WITHOUT_PROGRESS:
-                    why = f"{idle} attempts in a row came no further than step {furthest}"
+            absent = absent + 1 if isinstance(failure, TooFewHosts) else 0
+            if not absent:
+                idle = 1 if step > furthest else idle + 1
+                furthest = max(furthest, step)
+            if why := self.why_give_up(idle, absent, furthest):
                 self.log("gives_up", f"gives up: {why}; the last reason: {failure}", step=step)
                 return FAILED
-            wait = max(min(FIRST_WAIT_S * 2 ** (idle - 1), LONGEST_WAIT_S), self.safe_at - time.monotonic())
+            wait = min(FIRST_WAIT_S * 2 ** ((absent or idle) - 1), LONGEST_WAIT_S)
+            wait = max(wait, self.safe_at - time.monotonic())
             self.log("restart", f"starts again in {wait:.0f} s; newest checkpoint: {newest(self.run_dir) or 'none'}")
-            try:
-                self.listen_for(wait)
-            except Asked as asked:
-                code = EXIT_OF[asked.args[0]]
-                self.log("stop", f"{signal.Signals(asked.args[0]).name} before the restart", code=code)
-                return code
+
+    def why_give_up(self, idle, absent, furthest):
+        if idle >= WITHOUT_PROGRESS:
+            return f"{idle} attempts in a row came no further than step {furthest}"
+        if absent >= WITHOUT_HOSTS:
+            return f"too few hosts answered {absent} times in a row"
+        if self.attempt > self.options.max_restarts:
+            return f"--max-restarts {self.options.max_restarts} is reached"
+        return None
 
     def connect(self):
         """Start an agent on every host, and the ranks on as many of those that answer as the batch divides over.
 
         Raises Failure if there are too few, Asked if a signal comes.
         """
-        self.failures, self.resumed_from, self.hang = [], None, None
+        self.resumed_from = self.hang = None
         timeout = self.options.host_timeout
         self.hosts = [
             Host(name, slots, self.options.ssh_args, min(timeout, CONNECT_S), self.inbox)
@@ -190,7 +200,8 @@ class Supervisor:
         answering = [host for host in self.hosts if host.ready and not host.lost]
         for host in self.hosts:
             if host not in answering:
-                self.log("host_missing", f"host {host.name} does not answer: going on without it", host=host.name)
+                why = host.last_lines.get(None, "no word")
+                self.log("host_missing", f"host {host.name} does not answer ({why}): on without it", host=host.name)
         complete = len(answering) == len(self.hosts)
         flags = []
         try:
@@ -202,7 +213,7 @@ class Supervisor:
                 flags = ["--micro-batch", str(micro_batch)]
         except ValueError as error:
             # at the first attempt the hostfile is wrong; later the network is
-            failure = Failure(str(error), 9, code=BAD_INPUT if self.attempt == 1 else FAILED)
+            failure = TooFewHosts(str(error), 0, code=BAD_INPUT if self.attempt == 1 else FAILED)
             self.log_failure(failure)
             raise failure from None
         for host in self.hosts:
@@ -218,8 +229,8 @@ class Supervisor:
         common = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)} | self.options.env
         common |= {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
         common |= {"CROSS_SIZE": str(len(self.hosts))}
-        names = ", ".join(host.name for host in self.hosts)
-        self.log("start", f"{world_size} processes on {names}", world_size=world_size, master=f"{address}:{port}")
+        text = f"{world_size} process{'es' if world_size > 1 else ''} on {', '.join(host.name for host in self.hosts)}"
+        self.log("start", text, world_size=world_size, master=f"{address}:{port}")
         first = 0
         for number, host in enumerate(self.hosts):
             host.ranks = range(first, first + host.slots)
@@ -342,7 +353,8 @@ class Supervisor:
             host.over = True
         elif kind == "closed":
             if not (host.over or host.lost):
-                self.safe_at = time.monotonic() + self.options.host_timeout / 2 + 1  # its ranks may live as long
+                if host.ranks:  # they may live as long
+                    self.safe_at = time.monotonic() + self.options.host_timeout / 2 + 1
                 self.lose(host, f"its agent is gone; {host.last_lines.get(None, 'it said nothing')}", 0)
         elif kind == "out":
             host.last_lines[rank] = report["text"]
@@ -367,7 +379,7 @@ class Supervisor:
             return Failure(
                 text, 7 if -code == signal.SIGKILL else 6, host=host.name, rank=rank, noticed_after_s=AGENT_S
             )
-        if code == HUNG and self.hang:
+        if code in (HUNG, FAILED) and self.hang:  # it knows better than a collective that gave up
             rank, name, words = self.hang
             return Failure(f"rank {rank} on {name}: {words}", 5, host=name, rank=rank)
         text = f"rank {rank} on {host.name} ended with exit code {code} ({MEANING.get(code, 'unknown')})"

@@ -46,6 +46,7 @@ for step in range(start + 1, steps + 1):
             print("error: no such thing", flush=True)
             sys.exit(1 if mode == "fail" else 2)
     if mode == "silent" and step == 7 and first:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(600)
     if rank == 1:
         (run / "at").write_text(str(step))

@@ -129,7 +129,7 @@ def test_no_rank_outlives_a_killed_supervisor(tmp_path):
 
 
 def test_no_rank_outlives_a_killed_agent_and_the_job_goes_on(tmp_path):
-    process = start(tmp_path, "ok", "--host-timeout", "2", steps=100)
+    process = start(tmp_path, "ok", "--host-timeout", "2", steps=40)
     rank = int((tmp_path / "pid0").read_text())
     os.kill(parent(rank), signal.SIGKILL)
     wait_for(lambda: vitals(rank)[0] in "?Z", seconds=2)
