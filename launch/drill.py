@@ -331,7 +331,7 @@ def lose_host_and_find_it_again(fault, cluster, job, row):
 
 
 def get_stuck(fault, cluster, job, row):
-    """A worker waits for ever in its forward pass: every process lives, none gets on."""
+    """A worker does not begin its next step: every process lives, none gets on."""
     once = job.run_dir.path.with_suffix(".once")
     job.wait("the worker to get stuck", once.exists)
     note_failure(job, row, once.stat().st_mtime, job.worker("hostB"))

@@ -3,9 +3,9 @@
     launch/drill_worker.py [--pace S] [--fault KIND:STEP:RANK --once FILE] [--skip STEP] -- flags of train/launch.py
 
 --pace makes each step take S seconds longer, so that the drill has time to break something in the middle of a run.
---fault nan makes the gradient of a step not-a-number on one rank, spike multiplies its loss by a hundred, stuck waits
-in it for ever; with --once not if FILE is there, which it then makes. --skip leaves out the update of a step, as the
-guard would: the unbroken run that a faulty one is compared with.
+--fault nan makes the gradient of a step not-a-number on one rank, spike multiplies its loss by a hundred; stuck waits
+for ever when that step should begin, unless FILE is there, which it makes. --skip leaves out the update of a step, as
+the guard would: the unbroken run that a faulty one is compared with.
 """
 
 import argparse
@@ -45,22 +45,22 @@ def build_in(options):
         def backward(ctx, gradient):
             return gradient * float("nan")
 
+    def is_time_for(kind):
+        return options.fault == (kind, now["step"], int(os.environ["RANK"]))
+
     def faulty_forward(self, *args, **kwargs):
         loss = forward(self, *args, **kwargs)
-        if not self.training or not options.fault or options.fault[1:] != (now["step"], int(os.environ["RANK"])):
-            return loss
-        if options.once:
-            if options.once.exists():
-                return loss
-            options.once.touch()
-        if options.fault[0] == "stuck":
-            threading.Event().wait()
-        return NotANumber.apply(loss) if options.fault[0] == "nan" else SPIKE * loss
+        if self.training and is_time_for("nan"):
+            return NotANumber.apply(loss)
+        return SPIKE * loss if self.training and is_time_for("spike") else loss
 
     def noted_rate(step, plan):
         if step != now["step"]:
             now["step"] = step
             time.sleep(options.pace)
+            if is_time_for("stuck") and not options.once.exists():
+                options.once.touch()
+                threading.Event().wait()
         return learning_rate(step, plan)
 
     def why_not_or_by_order(self, norm):

@@ -53,7 +53,8 @@ MEANING = {
     HUNG: "hung",
     INTERRUPTED: "interrupted",
 }
-HANG_LINE = re.compile(r"watchdog: rank (\d+) on ([^\s:]+):? (.*)")
+HANG_LINE = re.compile(r"watchdog: (rank \d+ on .*)")
+NAME = re.compile(r"rank (\d+) on ([^\s:;]+)")
 START_LINE = re.compile(r"(?:goes on from step ([\d,]+)|starts), to [\d,]+")
 EXIT_OF = {signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE, signal.SIGINT: INTERRUPTED}
 
@@ -137,7 +138,7 @@ class Supervisor:
         self.signals: list[int] = []
         self.attempt = 0
         self.resumed_from = None
-        self.hang = None  # the watchdog's words on another rank: (rank, host, words)
+        self.hang = None  # the watchdog's words on who hangs
         self.safe_at = self.last_word = 0.0
         for number in EXIT_OF:
             signal.signal(number, lambda number, _: self.inbox.put((None, number)))
@@ -190,7 +191,7 @@ class Supervisor:
 
         Raises Failure if there are too few, Asked if a signal comes.
         """
-        self.resumed_from = self.hang = None
+        self.resumed_from, self.hang = None, None
         timeout = self.options.host_timeout
         self.hosts = [
             Host(name, slots, self.options.ssh_args, min(timeout, CONNECT_S), self.inbox)
@@ -360,7 +361,7 @@ class Supervisor:
             host.last_lines[rank] = report["text"]
             print(f"[{host.name}{'' if rank is None else f' {rank}'}] {report['text']}", flush=True)
             if hang := HANG_LINE.search(report["text"]):
-                self.hang = self.hang or (int(hang[1]), hang[2], hang[3])
+                self.hang = self.hang or hang[1]
             if self.resumed_from is None and (begun := START_LINE.search(report["text"])):
                 self.resumed_from = int((begun[1] or "0").replace(",", ""))
                 self.log("resumed", f"goes on from step {self.resumed_from}", step=self.resumed_from)
@@ -380,8 +381,9 @@ class Supervisor:
                 text, 7 if -code == signal.SIGKILL else 6, host=host.name, rank=rank, noticed_after_s=AGENT_S
             )
         if code in (HUNG, FAILED) and self.hang:  # it knows better than a collective that gave up
-            rank, name, words = self.hang
-            return Failure(f"rank {rank} on {name}: {words}", 5, host=name, rank=rank)
+            names = NAME.findall(self.hang)
+            rank, name = names[0] if len(names) == 1 else (None, None)
+            return Failure(f"the job hung: {self.hang}", 5, host=name, rank=rank and int(rank))
         text = f"rank {rank} on {host.name} ended with exit code {code} ({MEANING.get(code, 'unknown')})"
         if code in (FAILED, BAD_INPUT) and (line := host.last_lines.get(rank)):
             text += f": {line}"
