@@ -392,7 +392,7 @@ FAULTS = (
     ),
     Fault(name="worker frozen", play=freeze_worker, within_s=FROZEN_S + 2, named="rank 1, hostB", short=True),
     Fault(
-        name="worker stuck", play=get_stuck, within_s=60 * STUCK_MINUTES, named="rank 1, hostB",
+        name="worker stuck", play=get_stuck, within_s=60 * STUCK_MINUTES + 5, named="rank 1, hostB",
         worker=("--fault", f"stuck:{BREAK_AT}:1"), timeout_minutes=STUCK_MINUTES,
     ),
     Fault(name="SIGTERM", play=ask_to_stop, within_s=2),

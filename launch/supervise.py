@@ -19,6 +19,7 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,7 +98,8 @@ class Host:
         self.ready = None  # the agent's first report
         self.ranks = range(0)  # that were started here
         self.codes: dict = {}  # rank: exit code, of those that have ended
-        self.last_lines: dict = {}  # rank: what it wrote last
+        self.last_lines: dict = {}  # rank: what it wrote last, None: what ssh or the agent did ...
+        self.last_errors: dict = {}  # ... and the last line of it that tells of an error
         self.vitals: list = []  # [rank, state, CPU seconds]
         self.over = self.lost = False
         threading.Thread(target=self._read, args=(inbox,), daemon=True).start()
@@ -359,6 +361,8 @@ class Supervisor:
                 self.lose(host, f"its agent is gone; {host.last_lines.get(None, 'it said nothing')}", 0)
         elif kind == "out":
             host.last_lines[rank] = report["text"]
+            if "rror" in report["text"]:
+                host.last_errors[rank] = report["text"]
             print(f"[{host.name}{'' if rank is None else f' {rank}'}] {report['text']}", flush=True)
             if hang := HANG_LINE.search(report["text"]):
                 self.hang = self.hang or hang[1]
@@ -385,7 +389,7 @@ class Supervisor:
             rank, name = names[0] if len(names) == 1 else (None, None)
             return Failure(f"the job hung: {self.hang}", 5, host=name, rank=rank and int(rank))
         text = f"rank {rank} on {host.name} ended with exit code {code} ({MEANING.get(code, 'unknown')})"
-        if code in (FAILED, BAD_INPUT) and (line := host.last_lines.get(rank)):
+        if code in (FAILED, BAD_INPUT) and (line := host.last_errors.get(rank, host.last_lines.get(rank))):
             text += f": {line}"
         weight = {BAD_INPUT: 4, HUNG: 3, REQUEUE: 1, INTERRUPTED: 1}.get(code, 2)
         return Failure(text, weight, host=host.name, rank=rank, noticed_after_s=AGENT_S, code=code)
@@ -553,6 +557,8 @@ def main(argv=None):
             raise ValueError("no flags of train/launch.py are given; they stand behind --, such as -- --size nano ...")
         if options.hostfile and options.processes:
             raise ValueError("--processes is for one machine; with --hostfile its slots say how many")
+        if options.hostfile and shutil.which("ssh") is None:
+            raise ValueError("--hostfile needs ssh; on Debian: apt-get install openssh-client")
         wrong = [pair for pair in options.env if "=" not in pair]
         if wrong:
             raise ValueError(f"--env {wrong[0]} is not NAME=VALUE")
