@@ -21,7 +21,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo curate plan verify inspect data-report bench-curation train eval sample export report watch estimate test test-gpu check format clean
+.PHONY: help setup demo curate plan verify inspect data-report bench-curation train eval sample export report watch estimate supervise drill test test-gpu check format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -94,6 +94,12 @@ watch: setup  ## runs in the terminal, live, q leaves: make watch RUN=runs
 
 estimate: setup  ## what a size needs: make estimate SIZE=6.7B
 	$(PY) launch/estimate.py --size $(SIZE)
+
+supervise: setup  ## train, and start again by itself after a failure: make supervise SIZE=nano DATA=data/local RUN=runs/mine ARGS='--steps 100'
+	$(PY) -m launch.supervise $(if $(HOSTFILE),--hostfile $(HOSTFILE),--processes $(PROCESSES)) $(SUPERVISE_ARGS) -- --size $(SIZE) --data $(DATA) --run $(RUN) $(ARGS)
+
+drill: setup  ## break a job in nine ways on two hosts of this machine's own making (root): make drill DRILL_ARGS=--short
+	$(PY) -m launch.drill $(DRILL_ARGS)
 
 test: .venv/dev  ## run the tests (about ten minutes on two cores)
 	$(PY) -m pytest

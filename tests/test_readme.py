@@ -20,7 +20,7 @@ COMMANDS = [
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
 ]
-ONLY_LOOKED_AT = ("make test", "make check")  # they would run these tests
+ONLY_LOOKED_AT = ("make test", "make check", "make drill")  # they would run these tests, or take minutes
 NEEDS_GPUS = ("--num_gpus=8", "--hostfile")
 
 

@@ -24,6 +24,8 @@ WITHOUT_TORCH = [
     "curation.shards",
     "launch.estimate",
     "launch.cluster",
+    "launch.supervise",
+    "launch.drill",
 ]
 FILES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 
