@@ -17,6 +17,7 @@ MAY_IMPORT = {
 WITHOUT_TORCH = [
     "model.config",
     "train.config",
+    "train.hardware",
     "train.run_dir",
     "train.schedule",
     "curation.shards",
