@@ -13,7 +13,7 @@ from pathlib import Path
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.plan import ZERO_FILES, Request, command, prices, rank, search, what_would_give, within
+from launch.plan import ZERO_FILES, Request, command, prices, rank, scaling, search, what_would_give, within
 from model.config import get_preset
 from train.config import OPTIMIZERS
 from train.hardware import GPUS, get_gpu
@@ -73,6 +73,7 @@ def make_parser():
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: adamw)")
     parser.add_argument("--document-tokens", type=number, default=1024, help="mean length of a document (1024)")
     parser.add_argument("--data", default="data/eight", help="the folder in the launch command (default: data/eight)")
+    parser.add_argument("--scaling", action="store_true", help="also the rate of a GPU for 1 to 1,024 of them")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--plot", metavar="FILE", help="write a page of pictures: memory by part; cost against time")
     # fmt: on
@@ -313,11 +314,22 @@ def print_tables(result):
         )
 
 
+def print_scaling(rows):
+    print("\ntokens/s of a GPU, by number of GPUs (efficiency: beside the fewest that it fits on):")
+    print(f"  {'GPUs':>5} {'tokens a step':>14} " + "".join(f"{name:>11}" for name in rows[0]["tokens_per_s_per_gpu"]))
+    for row in rows:
+        rates = "".join(f"{rate:>11,.0f}" if rate else f"{'no':>11}" for rate in row["tokens_per_s_per_gpu"].values())
+        best = f"  {row['best']}, {row['efficiency']:.0%}" if row["best"] else ""
+        print(f"  {row['gpus']:>5} {row['batch_tokens']:>14,} {rates}{best}")
+
+
 def main(argv=None):
     flags = make_parser().parse_args(argv)
     try:
         request = make_request(flags)
         result = estimate(request, flags.data)
+        if flags.scaling:
+            result["scaling"] = scaling(request, GPUS[result["gpu"]])
         if flags.plot:
             from launch.picture import write_page  # plotly takes a second to load
 
@@ -329,6 +341,8 @@ def main(argv=None):
         print(json.dumps(result, indent=2))
     else:
         print_tables(result)
+        if flags.scaling:
+            print_scaling(result["scaling"])
     return 0
 
 

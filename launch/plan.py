@@ -18,6 +18,7 @@ from train.memory import GIB, memory_needed, peak_memory, zero_of
 ROOT = Path(__file__).resolve().parents[1]
 PRICES = Path(__file__).with_name("prices.json")
 ZERO_FILES = ("zero2", "zero1", "zero3", "zero3_hpz", "zero2_offload")  # the fastest first, where times are equal
+SCALING_FILES = ("zero1", "zero2", "zero3", "zero3_hpz")
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 MOST_ROWS = 64  # of a micro-batch
 HOURS_A_DAY = 24
@@ -190,6 +191,31 @@ def within(request, found):
     ]  # fmt: skip
 
 
+def scaling(request, gpu):
+    """[{"gpus", "batch_tokens", "tokens_per_s_per_gpu": {DeepSpeed file: rate}, "best", "efficiency"}] for 1 to 1,024
+    GPUs, each file at its fastest micro-batch and kind of recomputation; None where it does not fit.
+
+    efficiency: the best file's rate a GPU beside that of the fewest GPUs on which any fits.
+    """
+    rows, first = [], None
+    for n_gpus in COUNTS:
+        rates = {}
+        for zero_file in SCALING_FILES:
+            one = replace(request, zero_file=zero_file, n_gpus=n_gpus)
+            fitting, _ = rank(one, gpu, n_gpus) if n_gpus > gpu.gpus_per_node or zero_file != "zero3_hpz" else ([], [])
+            rates[zero_file] = fitting[0].tokens_per_s / n_gpus if fitting else None
+        known = {name: rate for name, rate in rates.items() if rate}
+        best = max(known, key=lambda name: known[name]) if known else None
+        first = first or (known[best] if best else None)
+        rows.append(
+            {
+                "gpus": n_gpus, "batch_tokens": batch_of(request, n_gpus), "tokens_per_s_per_gpu": rates, "best": best,
+                "efficiency": known[best] / first if best else None,
+            }
+        )  # fmt: skip
+    return rows
+
+
 def what_would_give(request, gpu, n_gpus):
     """Lines: what would make the model fit into this GPU, and what each leaves to be found."""
     lines, room = [], gpu.memory_gib
@@ -212,13 +238,18 @@ def what_would_give(request, gpu, n_gpus):
         fitting, rest = rank(relaxed, gpu, n_gpus)
         if fitting:
             best = fitting[0]
-            lines.append(f"{what}: fits, {best.needed / GIB:.1f} of {room:.1f} GiB, {best.tokens_per_s:,.0f} tokens/s")
+            with_file = "" if "ero" in what else f" with ds_configs/{best.zero_file}.json"
+            lines.append(
+                f"{what}: fits{with_file}, {best.needed / GIB:.1f} of {room:.1f} GiB, {best.tokens_per_s:,.0f} tokens/s"
+            )
     for more in COUNTS:
         if more > n_gpus:
             fitting, _ = rank(replace(request, batch_tokens=None), gpu, more)
             if fitting:
                 lines.append(f"{more} GPUs: fits, {fitting[0].needed / GIB:.1f} of {room:.1f} GiB")
                 break
+    else:
+        lines.append(f"more GPUs: not even on {COUNTS[-1]:,}, as they share all but what a micro-batch holds")
     for other in sorted(GPUS.values(), key=lambda g: g.memory_gib):
         if other.memory_gib > gpu.memory_gib:
             fitting, _ = rank(replace(request, batch_tokens=None), other, n_gpus)

@@ -18,10 +18,13 @@ WITHOUT_TORCH = [
     "model.config",
     "train.config",
     "train.hardware",
+    "train.memory",
     "train.run_dir",
     "train.schedule",
     "curation.shards",
     "launch.estimate",
+    "launch.check",
+    "launch.measure",
 ]
 FILES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 
