@@ -1,6 +1,6 @@
 """Measure training steps on this machine's GPUs and add them to launch/measurements.json: what `make bench` runs.
 
-python -m launch.measure                        # the points that fit, each in a process of its own: about eight minutes
+python -m launch.measure                        # the points that fit, each in its own process: about eight minutes
 python -m launch.measure --gpus 2 --only zero3  # on two GPUs, those points whose name has it
 python -m launch.check                          # then: every point beside the planner
 

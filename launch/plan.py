@@ -238,10 +238,9 @@ def what_would_give(request, gpu, n_gpus):
         fitting, rest = rank(relaxed, gpu, n_gpus)
         if fitting:
             best = fitting[0]
-            with_file = "" if "ero" in what else f" with ds_configs/{best.zero_file}.json"
-            lines.append(
-                f"{what}: fits{with_file}, {best.needed / GIB:.1f} of {room:.1f} GiB, {best.tokens_per_s:,.0f} tokens/s"
-            )
+            size = f"{best.needed / GIB:.1f} of {room:.1f} GiB, {best.tokens_per_s:,.0f} tokens/s"
+            with_file = "" if "zero_file" in changes else f" with ds_configs/{best.zero_file}.json"
+            lines.append(f"{what}: fits{with_file}, {size}")
     for more in COUNTS:
         if more > n_gpus:
             fitting, _ = rank(replace(request, batch_tokens=None), gpu, more)
