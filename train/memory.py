@@ -193,26 +193,39 @@ def walk(model, *, world_size, micro_batch, zero, recompute, optimizer, packed):
                 now["gradients"] = growing
                 growing += element * n
             else:
-                now["buckets"], elements = buckets(zero, elements, n)
+                now["buckets"] = bucket_bytes(zero)
+                # the part's own activations and workspace are gone when its last gradient is there
+                done = kept | gradients
+                done["activations"] = first + sum(held[:i]) + (mixers[kind] if part == "mlp" else 0)
+                done["workspace"] += 2 * stream
+                done["gathered weights"] = gathered
+                full, elements = divmod(elements + n, zero.bucket)
+                done["buckets"] = bucket_bytes(zero) + (sum_bytes(zero, zero.bucket) if full else 0)
+                yield done
             yield now
+    if zero is not None:
+        last = min(elements + v * d, zero.bucket)  # the embedding's gradient comes last
+        yield kept | gradients | {"buckets": bucket_bytes(zero) + sum_bytes(zero, last), "gathered weights": gathered}
     yield kept | gradients | step_workspace(model, world_size, zero, optimizer)
 
 
-def buckets(zero, elements, n):
-    """Bytes of DeepSpeed's buckets when a layer of n elements joins `elements` waiting ones, and how many wait then.
-
-    A bucket that is full is copied to float32 to be summed over the processes (communication_data_type).
-    """
-    size = element_of_buckets(zero) * zero.bucket * (2 if zero.overlap and zero.stage < 3 else 1)
+def bucket_bytes(zero):
+    """Bytes of DeepSpeed's buckets in the backward pass (setup_buckets): two where they overlap."""
     if zero.stage == 0:
-        return 0, 0
-    if elements + n > zero.bucket:
-        return size + (4 * min(max(elements, n), zero.bucket) if zero.bf16 else 0), n
-    return size, elements + n
+        return 0
+    return bucket_element(zero) * zero.bucket * (2 if zero.overlap and zero.stage < 3 else 1)
 
 
-def element_of_buckets(zero):
+def bucket_element(zero):
     return 2 if zero.bf16 and zero.stage > 1 else 4
+
+
+def sum_bytes(zero, elements):
+    """Bytes that summing a full bucket over the processes takes: it is laid end to end, and copied to float32."""
+    if zero.stage == 0:
+        return 0
+    laid = bucket_element(zero) if zero.stage < 3 else 0
+    return (laid + (4 if bucket_element(zero) == 2 else 0)) * elements
 
 
 def step_workspace(model, world_size, zero, optimizer):
