@@ -51,12 +51,17 @@ def cost_figure(request):
                 x=[c.days for c in found], y=[c.dollars for c in found], text=[c.setup.n_gpus for c in found],
                 mode="lines+markers+text", textposition="top center", name=gpu.name,
             )  # fmt: skip
+    days = [x for trace in figure.data for x in trace.x]
+    dollars = [y for trace in figure.data for y in trace.y]
+    line = {"mode": "lines", "line": {"dash": "dash", "color": "#6b7683"}}
+    if days and request.days is not None:
+        figure.add_scatter(x=[request.days] * 2, y=[min(dollars), max(dollars)], name=f"{request.days:g} days", **line)
+    if days and request.budget is not None:
+        figure.add_scatter(
+            x=[min(days), max(days)], y=[request.budget] * 2, name=f"{request.budget:,.0f} dollars", **line
+        )
     figure.update_xaxes(title="days", type="log")
     figure.update_yaxes(title="dollars", type="log")
-    if request.days is not None:
-        figure.add_vline(x=request.days, line_dash="dash", annotation_text=f"{request.days:g} days")
-    if request.budget is not None:
-        figure.add_hline(y=request.budget, line_dash="dash", annotation_text=f"{request.budget:,.0f} dollars")
     return figure
 
 
