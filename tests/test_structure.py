@@ -18,6 +18,7 @@ WITHOUT_TORCH = [
     "model.config",
     "train.config",
     "train.hardware",
+    "train.memory",
     "train.run_dir",
     "train.schedule",
     "train.watch",
@@ -26,6 +27,8 @@ WITHOUT_TORCH = [
     "launch.cluster",
     "launch.supervise",
     "launch.drill",
+    "launch.check",
+    "launch.measure",
 ]
 FILES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 
