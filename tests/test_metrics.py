@@ -211,6 +211,19 @@ def test_readings_are_the_worst_or_the_sum_over_the_gpus(monkeypatch):
     readings.close()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: pytest --gpu tests/test_metrics.py")
+def test_real_gpus_give_plausible_readings(tmp_path):
+    torch.ones(1 << 20, device="cuda")
+    metrics = make_metrics(tmp_path)
+    metrics.log(row_of(1))
+    metrics.close()
+    (row,) = read_metrics(RunDir(tmp_path).metrics)
+    assert 0 <= row["gpu_utilization_percent"] <= 100
+    assert 10 < row["gpu_temperature_c"] < 110
+    assert 10 < row["gpu_power_w"] < 1500 * torch.cuda.device_count()
+    assert 0 < row["memory_gib"] <= row["memory_reserved_gib"] < 1
+
+
 def test_machine_without_nvidia_driver_has_no_readings_and_no_warning(capfd):
     if not os.path.exists("/dev/nvidiactl"):
         readings = gpu_readings.GpuReadings()
