@@ -6,6 +6,7 @@ Weights and moments of a step are random numbers of that step's seed, so that wh
 import multiprocessing
 import os
 import queue
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -89,7 +90,8 @@ def run_ranks(world_size, function, folder, *arguments, timeout_s=30):
     for process in processes:
         process.start()
     found = [None] * world_size
-    while any(process.is_alive() for process in processes) or not answers.empty():
+    ends = time.monotonic() + 120
+    while (any(process.is_alive() for process in processes) or not answers.empty()) and time.monotonic() < ends:
         try:
             rank, answer = answers.get(timeout=0.1)
             found[rank] = answer
@@ -98,6 +100,7 @@ def run_ranks(world_size, function, folder, *arguments, timeout_s=30):
         if all(answer is not None for answer in found):
             break
     for process in processes:
-        process.join(30)
+        process.join(30 if time.monotonic() < ends else 0)
+        process.kill()
     (folder / f"store{os.getpid()}").unlink(missing_ok=True)
     return found

@@ -39,7 +39,7 @@ from model.weights import (
     write_pieces,
 )
 from train.optim import EightBit, Muon, is_muon
-from train.run_dir import note_best, put_aside, remove_folder
+from train.run_dir import best_checkpoint, note_best, put_aside, remove_folder
 
 HOST_BLOCK = 1 << 24  # elements: 64 MiB; pinned memory comes in powers of two, so one large buffer could waste half
 WHAT_TO_DO = {  # by the error's number
@@ -381,10 +381,11 @@ def newest_whole(run_dir, say):
 def delete_old(run_dir, keep, losses):
     """Note the best checkpoint, and delete all but it and the newest `keep`; 0 keeps all. Rank 0 alone calls it.
 
-    losses: as run_dir.note_best takes them.
+    losses: as run_dir.heldout_losses gives them.
     """
-    best = note_best(run_dir, losses)
+    best = best_checkpoint(run_dir, losses)
     if keep:
         for path in run_dir.checkpoints()[:-keep]:
             if path.name != best:
                 remove_folder(path)
+    note_best(run_dir, losses)  # last: on a full disk there is room for it now
