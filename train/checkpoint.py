@@ -322,9 +322,7 @@ def restore_optimizer(engine, checkpoint):
         state = optimizer.state[piece.flat]
         copy_stretch(piece.weight(), stored[f"{WEIGHT}/{piece.name}"], piece.start)
         for kind in moments(optimizer, piece):
-            if not isinstance(
-                state.get(kind), torch.Tensor
-            ):  # a new engine's, or in 8 bits, as the next step makes them
+            if not isinstance(state.get(kind), torch.Tensor):  # before the first step; or in 8 bits, which it makes
                 state[kind] = torch.zeros_like(piece.flat)
             copy_stretch(piece.moment(optimizer, kind), stored[f"{kind}/{piece.name}"], piece.start)
         if moments(optimizer, piece) == MOMENTS["adamw"]:
