@@ -24,13 +24,13 @@ def values(step):
     return {f"{kind}/{name}": torch.randn(s, generator=generator) for kind in KINDS for name, s in SHAPES.items()}
 
 
-def toy_engine():
+def toy_engine(device="cpu"):
     """What train.checkpoint needs of an engine, in ZeRO stage 0."""
     module = torch.nn.Module()
     for name, shape in SHAPES.items():
-        module.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+        module.register_parameter(name, torch.nn.Parameter(torch.zeros(shape, device=device)))
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-    return SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0, device="cpu")
+    return SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0, device=device)
 
 
 def training_engine():
@@ -47,7 +47,9 @@ def fill(engine, step):
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
             parameter.copy_(of_step[f"weight/{name}"])
-            engine.optimizer.state[parameter] = {kind: of_step[f"{kind}/{name}"] for kind in KINDS[1:]}
+            engine.optimizer.state[parameter] = {
+                kind: of_step[f"{kind}/{name}"].to(engine.device) for kind in KINDS[1:]
+            }
 
 
 def differing(checkpoint):
