@@ -6,6 +6,7 @@ Weights and moments of a step are random numbers of that step's seed, so that wh
 import multiprocessing
 import os
 import queue
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -23,13 +24,13 @@ def values(step):
     return {f"{kind}/{name}": torch.randn(s, generator=generator) for kind in KINDS for name, s in SHAPES.items()}
 
 
-def toy_engine():
+def toy_engine(device="cpu"):
     """What train.checkpoint needs of an engine, in ZeRO stage 0."""
     module = torch.nn.Module()
     for name, shape in SHAPES.items():
-        module.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+        module.register_parameter(name, torch.nn.Parameter(torch.zeros(shape, device=device)))
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-    return SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0, device="cpu")
+    return SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0, device=device)
 
 
 def training_engine():
@@ -46,7 +47,9 @@ def fill(engine, step):
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
             parameter.copy_(of_step[f"weight/{name}"])
-            engine.optimizer.state[parameter] = {kind: of_step[f"{kind}/{name}"] for kind in KINDS[1:]}
+            engine.optimizer.state[parameter] = {
+                kind: of_step[f"{kind}/{name}"].to(engine.device) for kind in KINDS[1:]
+            }
 
 
 def differing(checkpoint):
@@ -89,7 +92,8 @@ def run_ranks(world_size, function, folder, *arguments, timeout_s=30):
     for process in processes:
         process.start()
     found = [None] * world_size
-    while any(process.is_alive() for process in processes) or not answers.empty():
+    ends = time.monotonic() + 120
+    while (any(process.is_alive() for process in processes) or not answers.empty()) and time.monotonic() < ends:
         try:
             rank, answer = answers.get(timeout=0.1)
             found[rank] = answer
@@ -98,6 +102,7 @@ def run_ranks(world_size, function, folder, *arguments, timeout_s=30):
         if all(answer is not None for answer in found):
             break
     for process in processes:
-        process.join(30)
+        process.join(30 if time.monotonic() < ends else 0)
+        process.kill()
     (folder / f"store{os.getpid()}").unlink(missing_ok=True)
     return found

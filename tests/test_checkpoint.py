@@ -116,15 +116,13 @@ def test_other_threads_run_while_pieces_are_written(tmp_path):
         done.set()
 
     writer = threading.Thread(target=write)
-    began = last = time.perf_counter()
-    longest = 0.0
     writer.start()
+    ticks = 0
     while not done.is_set():
         time.sleep(0.001)
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
+        ticks += 1
     writer.join()
-    assert longest < 0.5 * (last - began)
+    assert ticks >= 10  # of hundreds; a writer that held the interpreter would let one or two through
 
 
 def test_a_save_of_the_same_step_takes_the_place_of_the_earlier(run_dir, alone):

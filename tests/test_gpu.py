@@ -227,6 +227,29 @@ def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit():
     assert torch.equal(packed, again)
 
 
+# ---- checkpoints
+
+
+def test_a_save_holds_what_was_on_the_gpu_when_it_began(tmp_path, monkeypatch):
+    from saving import begin, differing, fill, join_group, toy_engine
+
+    import train.checkpoint
+    from model.weights import load_checkpoint
+    from train.run_dir import RunDir
+
+    monkeypatch.setattr(train.checkpoint, "HOST_BLOCK", 1024)
+    join_group(0, 1, tmp_path / "store")
+    (tmp_path / "tokenizer").write_bytes(b"x")
+    save, engine, run_dir = train.checkpoint.BackgroundSave(), toy_engine("cuda"), RunDir(tmp_path)
+    for step in (1, 2):
+        begin(save, engine, run_dir, step)
+        fill(engine, 9)  # the next steps
+        save.finish()
+        assert all(block.is_pinned() for block in save.host_copy.blocks)
+        assert differing(load_checkpoint(run_dir.checkpoint(step))) == []
+    torch.distributed.destroy_process_group()
+
+
 # ---- the whole model
 
 

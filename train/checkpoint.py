@@ -39,7 +39,7 @@ from model.weights import (
     write_pieces,
 )
 from train.optim import EightBit, Muon, is_muon
-from train.run_dir import note_best, put_aside, remove_folder
+from train.run_dir import best_checkpoint, note_best, put_aside, remove_folder
 
 HOST_BLOCK = 1 << 24  # elements: 64 MiB; pinned memory comes in powers of two, so one large buffer could waste half
 WHAT_TO_DO = {  # by the error's number
@@ -322,9 +322,7 @@ def restore_optimizer(engine, checkpoint):
         state = optimizer.state[piece.flat]
         copy_stretch(piece.weight(), stored[f"{WEIGHT}/{piece.name}"], piece.start)
         for kind in moments(optimizer, piece):
-            if not isinstance(
-                state.get(kind), torch.Tensor
-            ):  # a new engine's, or in 8 bits, as the next step makes them
+            if not isinstance(state.get(kind), torch.Tensor):  # before the first step; or in 8 bits, which it makes
                 state[kind] = torch.zeros_like(piece.flat)
             copy_stretch(piece.moment(optimizer, kind), stored[f"{kind}/{piece.name}"], piece.start)
         if moments(optimizer, piece) == MOMENTS["adamw"]:
@@ -381,10 +379,11 @@ def newest_whole(run_dir, say, before=None):
 def delete_old(run_dir, keep, losses):
     """Note the best checkpoint, and delete all but it and the newest `keep`; 0 keeps all. Rank 0 alone calls it.
 
-    losses: as run_dir.note_best takes them.
+    losses: as run_dir.heldout_losses gives them.
     """
-    best = note_best(run_dir, losses)
+    best = best_checkpoint(run_dir, losses)
     if keep:
         for path in run_dir.checkpoints()[:-keep]:
             if path.name != best:
                 remove_folder(path)
+    note_best(run_dir, losses)  # last: on a full disk there is room for it now

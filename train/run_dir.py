@@ -157,18 +157,23 @@ def heldout_losses(run_dir):
     return {run_dir.checkpoint(row["step"]).name: row["heldout_loss"] for row in rows if "heldout_loss" in row}
 
 
-def note_best(run_dir, losses):
-    """Write best.json: the checkpoint of lowest held-out loss, of those that were measured at their step; its name.
+def best_checkpoint(run_dir, losses):
+    """The name of the checkpoint of lowest held-out loss, of those that were measured at their step, or None.
 
-    losses: as heldout_losses gives them. Without a measured checkpoint there is no best.json, and None is returned.
+    losses: as heldout_losses gives them.
     """
-    found = [(losses[p.name], p.name) for p in run_dir.checkpoints() if math.isfinite(losses.get(p.name, math.nan))]
-    if not found:
+    measured = [p.name for p in run_dir.checkpoints() if math.isfinite(losses.get(p.name, math.nan))]
+    return min(measured, key=lambda name: (losses[name], name), default=None)
+
+
+def note_best(run_dir, losses):
+    """Write best.json, and return what best_checkpoint does; without a measured checkpoint there is no such file."""
+    best = best_checkpoint(run_dir, losses)
+    if best is None:
         run_dir.best.unlink(missing_ok=True)
-        return None
-    loss, name = min(found)
-    write_json(run_dir.best, {"checkpoint": name, "heldout_loss": loss})
-    return name
+    else:
+        write_json(run_dir.best, {"checkpoint": best, "heldout_loss": losses[best]})
+    return best
 
 
 def remove_unfinished(run_dir):
