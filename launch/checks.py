@@ -169,7 +169,7 @@ def data_problems(folder: str, verify: bool) -> tuple[str | None, list[str]]:
                     int(open_shard(Path(folder) / name).tokens[-1])  # that it can be read, not only listed
     except (OSError, ValueError) as error:
         return None, [str(error)]
-    more = f", and {len(found) - 1} more files are wrong" if len(found) > 1 else ""
+    more = f" (the first of {len(found)} wrong files)" if len(found) > 1 else ""
     return manifest_sha256(folder), [found[0] + more] if found else []
 
 

@@ -254,80 +254,96 @@ def find_odd(found: Findings, what: str, values: dict[int, str]) -> None:
             )
 
 
-def find_slow(found: Findings, what: str, unit: str, values: dict[Any, tuple[int, float]], least: float) -> None:
-    """Blame those below a part of the median of all; of two, of the faster. values: {label: (node, rate)}."""
-    if len(values) < 2:
+def find_slow(found: Findings, what: str, unit: str, rates: list[tuple[int, str, float]], least: float) -> None:
+    """Blame those below a part of the median of all; of two, of the faster. rates: (node, "rank 3: " or "", rate)."""
+    if len(rates) < 2:
         return
-    median = statistics.median_high([rate for _, rate in values.values()])
-    for label, (node, rate) in values.items():
+    median = statistics.median_high(rate for _, _, rate in rates)
+    for node, who, rate in rates:
         if rate < least * median:
             found.blame(
-                node,
-                f"{label}: {what} {rate:.3g} {unit}, {rate / median:.0%} of the median {median:.3g} ({least:.0%})",
+                node, f"{who}{what} {rate:.3g} {unit}, {rate / median:.0%} of the median {median:.3g} ({least:.0%})"
             )
 
 
 def judge(found: Findings, flags: argparse.Namespace) -> None:
     """Compare what the nodes told, and note what is wrong with which."""
-    per_node = {found.nodes[rank]: report["findings"] for rank, report in sorted(found.own.items(), reverse=True)}
     for rank, report in found.own.items():
         for problem in report["problems"]:
             found.blame(found.nodes[rank], problem)
-    versions = {node: told["versions"] for node, told in per_node.items() if told["versions"]}
+    judge_nodes(found, flags)
+    judge_links(found, flags)
+
+
+def first_ranks(found: Findings) -> dict[int, Any]:
+    """What the first rank of each node found."""
+    return {found.nodes[rank]: found.own[rank]["findings"] for rank in sorted(found.own, reverse=True)}
+
+
+def judge_nodes(found: Findings, flags: argparse.Namespace) -> None:
+    """Versions, manifests, products and copies."""
+    firsts = first_ranks(found)
+    versions = {node: told["versions"] for node, told in firsts.items() if told["versions"]}
     for what in sorted(set().union(*versions.values())):
         find_odd(found, what, {node: told.get(what, "missing") for node, told in versions.items()})
-    manifests = {node: told["manifest"][:12] for node, told in per_node.items() if told.get("manifest")}
+    manifests = {node: told["manifest"][:12] for node, told in firsts.items() if told.get("manifest")}
     if manifests:
         find_odd(found, "the data's manifest is", manifests)
-    rates = {
-        kind: {
-            f"rank {rank}": (found.nodes[rank], report["findings"][kind])
+    products, copies = (
+        [
+            (found.nodes[rank], f"rank {rank}: ", report["findings"][kind])
             for rank, report in found.own.items() if kind in report["findings"]
-        }
+        ]
         for kind in ("product_tflops", "to_device_gb_s")
-    }  # fmt: skip
-    find_slow(found, "a matrix product runs at", "TFLOP/s", rates["product_tflops"], flags.least_of_median)
-    find_slow(found, "host to GPU runs at", "GB/s", rates["to_device_gb_s"], flags.least_of_median)
-    for label, (node, rate) in rates["product_tflops"].items():
-        gpu = gpu_of(per_node[node]["versions"].get("GPU", ""))
+    )  # fmt: skip
+    find_slow(found, "host to GPU runs at", "GB/s", copies, flags.least_of_median)
+    for node, who, rate in products:
+        gpu = gpu_of(versions[node].get("GPU", ""))
         if gpu and rate < flags.least_of_peak * gpu.dense_tflops["bf16"]:
             peak = gpu.dense_tflops["bf16"]
-            found.blame(
-                node, f"{label}: a matrix product runs at {rate:.0f} TFLOP/s, {rate / peak:.0%} of the {gpu.title}'s "
-                f"{peak} ({flags.least_of_peak:.0%})",
-            )  # fmt: skip
+            part = f"{rate / peak:.0%} of the {gpu.title}'s {peak} ({flags.least_of_peak:.0%})"
+            found.blame(node, f"{who}a matrix product runs at {rate:.0f} TFLOP/s, {part}")
+    if not any("GPU" in told for told in versions.values()):  # processes share a node's cores, by chance unequally
+        whole: Counter[int] = Counter()
+        for node, _, rate in products:
+            whole[node] += rate
+        products = [(node, "", rate) for node, rate in whole.items()]
+    find_slow(found, "a matrix product runs at", "TFLOP/s", products, flags.least_of_median)
 
+
+def judge_links(found: Findings, flags: argparse.Namespace) -> None:
+    """Who did not answer, who hung first, and whose links are slow."""
     silent = [rank for rank in found.asked if rank not in found.links]
     for rank in silent:
         found.blame(found.nodes[rank], f"rank {rank} fell silent in the tests of the links")
-    finished = {rank: told for rank, told in found.links.items() if "stuck" not in told}
     stuck = {rank: told["stuck"] for rank, told in found.links.items() if "stuck" in told}
     for rank, (stage, what, why) in stuck.items():
         if not silent and stage == min(told[0] for told in stuck.values()):  # the others waited for these
             found.blame(found.nodes[rank], f"rank {rank}: {name_in(found, what)} did not end: {why}")
-    inside = {rank: (found.nodes[rank], told["node_gb_s"]) for rank, told in finished.items() if "node_gb_s" in told}
-    by_node = {found.names[node]: (node, rate) for node, rate in inside.values()}
-    find_slow(found, "an all-reduce within the node runs at", "GB/s", by_node, flags.least_of_median)
-    for node, rate in by_node.values():
-        gpu = gpu_of(per_node[node]["versions"].get("GPU", ""))
+    finished = {rank: told for rank, told in found.links.items() if "stuck" not in told}
+    inside = {found.nodes[rank]: told["node_gb_s"] for rank, told in finished.items() if "node_gb_s" in told}
+    what = "an all-reduce within the node runs at"
+    find_slow(found, what, "GB/s", [(node, "", rate) for node, rate in inside.items()], flags.least_of_median)
+    firsts = first_ranks(found)
+    for node, rate in inside.items():
+        gpu = gpu_of(firsts[node]["versions"].get("GPU", ""))
         if gpu and rate < flags.least_of_link * gpu.link_gb_s:
             part = f"{rate / gpu.link_gb_s:.0%} of {gpu.link}'s {gpu.link_gb_s} ({flags.least_of_link:.0%})"
-            found.blame(node, f"an all-reduce within the node runs at {rate:.3g} GB/s, {part}")
+            found.blame(node, f"{what} {rate:.3g} GB/s, {part}")
     # a slow node has no fast link; its neighbours have one with their other neighbour
-    best = {
-        f"rank {rank}": (found.nodes[rank], max(rate for _, rate in told["exchanges"]))
+    best = [
+        (found.nodes[rank], f"rank {rank}: ", max(rate for _, rate in told["exchanges"]))
         for rank, told in finished.items() if told["exchanges"]
-    }  # fmt: skip
-    find_slow(found, "the best link to another node runs at", "GB/s", best, flags.least_of_median)
-    for label, (node, rate) in best.items():
+    ]  # fmt: skip
+    what = "the best link to another node runs at"
+    find_slow(found, what, "GB/s", best, flags.least_of_median)
+    for node, who, rate in best:
         if flags.network_gb_s and rate < flags.network_gb_s:
-            found.blame(
-                node, f"{label}: the best link to another node runs at {rate:.3g} GB/s, not {flags.network_gb_s}"
-            )
+            found.blame(node, f"{who}{what} {rate:.3g} GB/s, not {flags.network_gb_s} (--network-gb-s)")
 
 
 def name_in(found: Findings, what: str) -> str:
-    """ "an exchange with node 1" with the node's name."""
+    """The same text with the name of the node in the place of its number."""
     before, node, number = what.rpartition("node ")
     return f"{before}{found.names[int(number)]}" if node and number.isdigit() else what
 

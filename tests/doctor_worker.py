@@ -35,13 +35,12 @@ def freeze(*arguments):
 match sys.argv.pop(1):
     case "slow":
         checks.product_tflops = crowded_product
-    case "other_torch":
+    case "neglected":
         checks.versions = lambda: look_up() | {"torch": "1.0.0"}
-    case "frozen":
-        doctor.own_checks = freeze
-    case "clock":
         now = time.time
         time.time = lambda: now() + 60
+    case "frozen":
+        doctor.own_checks = freeze
     case "frozen_link":
         doctor.exchange_rounds = freeze
 code = doctor.main()
