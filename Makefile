@@ -21,7 +21,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo curate plan verify inspect data-report bench-curation train eval sample export report estimate supervise drill test test-gpu check format clean
+.PHONY: help setup demo curate plan verify inspect data-report bench-curation bench train eval sample export report watch estimate supervise drill test test-gpu check format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -89,8 +89,15 @@ export: setup need-CKPT  ## a Hugging Face folder: make export CKPT=... OUT=expo
 report: setup  ## one page about a run: make report RUN=runs/demo
 	$(PY) -m eval.report $(RUN)
 
-estimate: setup  ## what a size needs: make estimate SIZE=6.7B
-	$(PY) launch/estimate.py --size $(SIZE)
+watch: setup  ## runs in the terminal, live, q leaves: make watch RUN=runs
+	$(PY) -m train.watch $(RUN)
+
+estimate: setup  ## what a run needs, takes and costs: make estimate SIZE=6.7B ESTIMATE_ARGS='--gpu h100 --gpus 16'
+	$(PY) launch/estimate.py --size $(SIZE) $(ESTIMATE_ARGS)
+
+bench: setup  ## measure training steps on this machine's GPU for the planner, and show all points beside it
+	$(PY) -m launch.measure $(BENCH_ARGS)
+	$(PY) -m launch.check
 
 supervise: setup  ## train, and start again by itself after a failure: make supervise SIZE=nano DATA=data/local RUN=runs/mine ARGS='--steps 100'
 	$(PY) -m launch.supervise $(if $(HOSTFILE),--hostfile $(HOSTFILE),--processes $(PROCESSES)) $(SUPERVISE_ARGS) -- --size $(SIZE) --data $(DATA) --run $(RUN) $(ARGS)

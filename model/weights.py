@@ -206,7 +206,7 @@ def write_pieces(path, places, data):
     """Write a safetensors file of flat float32 pieces. Returns its entry in the manifest.
 
     places: {"<kind>/<parameter>": (start, numel)}; data: buffers that hold them back to back, in that order.
-    Other threads go on meanwhile: safetensors' own save_file holds the interpreter's lock while it copies.
+    safetensors' own save_file would want each tensor in one stretch of memory, and the file read again for its hash.
     """
     header: dict[str, Any] = {
         "__metadata__": {"starts": json.dumps({key: start for key, (start, _) in places.items()})}

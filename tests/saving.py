@@ -32,6 +32,14 @@ def toy_engine():
     return SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0, device="cpu")
 
 
+def training_engine():
+    """One that can be trained: 33,000 parameters, the same at each call."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    return SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0, device="cpu")
+
+
 def fill(engine, step):
     """Give the engine the weights and moments of a step."""
     of_step = values(step)

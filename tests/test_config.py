@@ -103,7 +103,7 @@ def test_tokens_and_epochs_are_rounded_down_to_whole_steps():
         ({"lr": float("nan")}, "--lr nan is not a number to train with"),
         ({"lr": float("inf")}, "--lr inf is not"),
         ({"lr": -1e-3}, "allowed are lr > 0"),
-        ({"timeout_minutes": 0.5}, "--timeout-minutes 0.5 is too small; allowed: 1 or more"),
+        ({"timeout_minutes": 0.05}, "--timeout-minutes 0.05 is too small; allowed: 0.1 or more"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(changes, words):

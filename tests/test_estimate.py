@@ -1,13 +1,19 @@
-"""The planner as a program: from any folder, without torch, in one JSON object."""
+"""The planner as a program: from any folder, without torch, in a blink, in tables and in one JSON object."""
 
 import json
+import resource
 import subprocess
 import sys
 
+import pytest
 from launching import ROOT
 
 from launch.estimate import main
 from model.config import PRESETS
+
+PROMISED = {
+    "parameters", "flops_per_token", "memory_gib_per_gpu", "fits", "tokens_per_s", "days", "gpu_hours", "dollars",
+}  # fmt: skip
 
 
 def test_estimate_prints_json_from_another_folder(tmp_path):
@@ -15,15 +21,67 @@ def test_estimate_prints_json_from_another_folder(tmp_path):
     result = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout)
     assert result["parameters"] == PRESETS["nano"].n_parameters
     assert result["parameters"] == sum(result["parameters_by_part"].values())
+    assert set(result) >= PROMISED
+
+
+def test_an_estimate_takes_under_two_seconds_without_torch():
+    flags = ["--size", "6.7B", "--gpus", "16", "--gpu", "h100", "--tokens", "100B", "--json"]
+    code = f"import sys; sys.modules['torch'] = None; from launch.estimate import main; sys.exit(main({flags}))"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # the process's own seconds: other work does not count
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert set(json.loads(ran.stdout)) >= PROMISED
 
 
 def test_table_shows_every_part(capsys):
     assert main(["--size", "6.7B"]) == 0
     printed = capsys.readouterr().out
-    for part in PRESETS["6.7B"].parameters_by_part:
+    for part in (*PRESETS["6.7B"].parameters_by_part, "optimizer states", "activations", "dollars", "kWh", "storage"):
         assert part in printed
+    assert "deepspeed --num_gpus=8 train/launch.py --size 6.7B" in printed
+
+
+def test_tables_of_a_search_of_scaling_and_of_what_does_not_fit(capsys):
+    assert main(["--size", "1.3B", "--tokens", "20B", "--days", "2", "--scaling"]) == 0
+    printed = capsys.readouterr().out
+    assert "the cheapest that keeps to it:" in printed and "the fastest that keeps to it:" in printed
+    assert " 1024 " in printed
+    assert main(["--size", "13B", "--gpus", "1", "--gpu", "rtx4060"]) == 0
+    printed = capsys.readouterr().out
+    assert "does not fit: " in printed and "what would have to give:" in printed
+    assert main(["--size", "13B", "--tokens", "1T", "--days", "1", "--gpu", "a100-40"]) == 0
+    assert "nothing keeps to it; the nearest:" in capsys.readouterr().out
 
 
 def test_unknown_size_gets_one_line_and_exit_code_2(capsys):
     assert main(["--size", "7B"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown size '7B'; choose one of ")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--gpu", "h300"], "unknown GPU 'h300'; choose one of a100-40, "),
+        (["--tokens", "many"], "argument --tokens: "),
+        (["--tokens", "-5B"], "argument --tokens: "),
+        (["--tokens", "nan"], "argument --tokens: "),
+        (["--gpus", "0"], "argument --gpus: "),
+        (["--budget", "0"], "argument --budget: "),
+        (["--provider", "nobody"], "unknown provider 'nobody'; launch/prices.json has "),
+        (["--batch-tokens", "1000"], "--batch-tokens 1,000 is not a multiple of 65,536 (8 GPUs x 1 "),
+        (["--layer-pattern", "MAX"], "layer pattern 'MAX' is not a string of M "),
+        (["--plot", "x.png"], "--plot x.png: the pictures are a page; "),
+        (["--ds-config", "zero9"], "argument --ds-config: "),
+        (["--budget", "100", "--size", "13B", "--gpu", "rtx4060"], "13B fits into no set-up of rtx4060; "),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(flags, said, capsys):
+    try:
+        code = main(["--size", "1.3B", *flags])
+    except SystemExit as stopped:  # argparse's own
+        code = stopped.code
+    printed = capsys.readouterr().err
+    assert code == 2
+    assert printed.startswith("error: ") and said in printed
+    assert printed.count("\n") == 1

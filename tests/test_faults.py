@@ -12,7 +12,7 @@ import time
 import pytest
 from launching import ROOT, free_port
 
-from model.weights import load_checkpoint, write_manifest
+from model.weights import MANIFEST, load_checkpoint, write_manifest
 from train.exit_codes import FAILED, HUNG
 from train.guard import LEAST, Guard
 from train.processes import Told
@@ -159,6 +159,7 @@ def test_a_run_that_does_not_recover_goes_back_and_passes_over_the_data(data, tm
     at_10 = load_checkpoint(RunDir(other).checkpoint(10))
     shifted = {"run": at_10.run | {"passed_over": 5}}
     fields = {name: getattr(at_10, name) for name in ("step", "tokens", "shapes", "files")}
+    (at_10.path / MANIFEST).unlink()
     write_manifest(at_10.path, **fields | shifted)
     assert [c for c, _ in finish(start(data, other, [], *flags, "--resume"))] == [0, 0]
     assert [r["loss"] for r in read_metrics(other / "metrics.jsonl")[10:]] == [r["loss"] for r in rows[10:]]

@@ -12,17 +12,23 @@ MAY_IMPORT = {
     "curation": {"curation"},
     "train": {"train", "model", "curation"},
     "eval": {"eval", "train", "model", "curation"},
-    "launch": {"launch", "model", "train"},
+    "launch": {"launch", "model", "train", "curation"},
 }
 WITHOUT_TORCH = [
     "model.config",
     "train.config",
+    "train.hardware",
+    "train.memory",
     "train.run_dir",
     "train.schedule",
+    "train.watch",
     "curation.shards",
     "launch.estimate",
+    "launch.cluster",
     "launch.supervise",
     "launch.drill",
+    "launch.check",
+    "launch.measure",
 ]
 FILES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -39,7 +39,7 @@ from model.weights import (
     write_pieces,
 )
 from train.optim import EightBit, Muon, is_muon
-from train.run_dir import note_best, remove_folder
+from train.run_dir import note_best, put_aside, remove_folder
 
 HOST_BLOCK = 1 << 24  # elements: 64 MiB; pinned memory comes in powers of two, so one large buffer could waste half
 WHAT_TO_DO = {  # by the error's number
@@ -355,8 +355,8 @@ def open_weights(path, model_config, tokenizer, rank=0, world_size=1):
 def newest_whole(run_dir, say, before=None):
     """The newest checkpoint of a run that is whole, or None; `say` gets a line for each that is passed over.
 
-    before: of a step below this one. All ranks call it: each reads its share of the files, and all come to the same
-    answer.
+    before: of a step below this one. What is damaged is renamed to step_....damaged, or --keep would count it among
+    the newest. All ranks call it: each reads its share of the files, and all come to the same answer.
     """
     alone = not dist.is_initialized()
     rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
@@ -373,6 +373,8 @@ def newest_whole(run_dir, say, before=None):
         if not problems:
             return checkpoint
         say(f"skipping {problems[0]}")
+        if rank == 0:
+            put_aside(path)
     return None
 
 

@@ -11,15 +11,16 @@ from types import UnionType
 from typing import Any, get_args
 
 from model.config import ModelConfig, get_preset
+from train.memory import largest_micro_batch
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 SCHEDULES = ("cosine", "wsd")
 WSD_SHAPES = ("1-sqrt", "linear")
 
 
-def option(default=dataclasses.MISSING, *, least=None, help):
-    """A field that is a flag. least: the smallest value allowed, checked by make_plan."""
-    return field(default=default, metadata={"help": help, "least": least})
+def option(default=dataclasses.MISSING, *, least=None, word=None, help):
+    """A field that is a flag. least: the smallest value allowed, checked by make_plan; word: allowed besides numbers."""
+    return field(default=default, metadata={"help": help, "least": least, "word": word})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class TrainConfig:
     epochs: float | None = option(None, help="instead of --steps: how many passes over the data, rounded down to whole steps (default: as --steps says)")
     stop_after: int | None = option(None, least=1, help="save and stop after this step, short of the schedule's end (default: go to the end)")
     batch_tokens: int | None = option(None, least=1, help="tokens in one optimizer step, over all GPUs (default: the size's)")
-    micro_batch: int | None = option(None, least=1, help="sequences a GPU works on at a time (default: the size's)")
+    micro_batch: int | str | None = option(None, least=1, word="auto", help="sequences a GPU works on at a time; auto: as many as fit, by the planner's count of its memory (default: the size's)")
     lr: float | None = option(None, help="peak learning rate (default: the size's)")
     min_lr: float = option(0.1, help="the last learning rate, as a part of the peak")
     schedule: str = option("cosine", help="after the warm-up: cosine, down to --min-lr over all steps; or wsd, level and then down to --min-lr in the last --decay-steps")
@@ -180,9 +181,11 @@ class Plan:
     muon_lr: float | None = None  # peak; None: AdamW alone
 
 
-def make_plan(config, *, vocab_size, n_tokens, world_size):
+def make_plan(config, *, vocab_size, n_tokens, world_size, zero=None, gpu_memory_gib=None):
     """Work out a Plan for data of n_tokens and a tokenizer of vocab_size on world_size processes.
 
+    zero, gpu_memory_gib: for --micro-batch auto, DeepSpeed's arrangement (a train.memory.Zero) and what each GPU has;
+    None where there is no GPU or no fused kernels, whose memory alone is known.
     Raises ValueError for anything that cannot be, before a GPU is taken.
     """
     model = get_preset(
@@ -194,7 +197,7 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
         value, least = getattr(config, f.name), f.metadata["least"]
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{flag(f.name)} {value} is not a number to train with; give a finite one")
-        if least is not None and value is not None and value < least:
+        if least is not None and isinstance(value, int | float) and value < least:
             raise ValueError(f"{flag(f.name)} {value} is too small; allowed: {least} or more")
     defaults = SIZE_DEFAULTS[config.size]
     batch_tokens, micro_batch, lr = (
@@ -209,6 +212,16 @@ def make_plan(config, *, vocab_size, n_tokens, world_size):
             f"--lr {lr} and --min-lr {config.min_lr}: allowed are lr > 0 and 0 <= min-lr <= 1 (a part of lr)"
         )
 
+    if micro_batch == "auto":
+        if gpu_memory_gib is None:
+            raise ValueError(
+                "--micro-batch auto counts the memory of the fused kernels on a GPU, and there is none here, or no fused "
+                "kernels; give a number"
+            )
+        micro_batch = largest_micro_batch(
+            model, batch_tokens=batch_tokens, world_size=world_size, zero=zero, recompute=config.recompute,
+            optimizer=config.optimizer, memory_gib=gpu_memory_gib,
+        )  # fmt: skip
     per_round = world_size * micro_batch * model.seq_len
     if batch_tokens % per_round:
         lower = max(batch_tokens // per_round, 1) * per_round
@@ -305,6 +318,16 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def number_or(word):
+    """A parser of whole numbers that also takes one word."""
+
+    def parse(text):
+        return word if text == word else int(text)
+
+    parse.__name__ = "int"  # as argparse names it in "invalid int value"
+    return parse
+
+
 def add_flags(parser, config_class):
     """One flag for each field of a frozen dataclass: --like-this, with the field's help and default.
 
@@ -324,5 +347,7 @@ def add_flags(parser, config_class):
             value_type = (
                 next(t for t in get_args(f.type) if t is not type(None)) if isinstance(f.type, UnionType) else f.type
             )
-            arguments |= {"type": value_type, "metavar": value_type.__name__.upper()}
+            word, metavar = f.metadata["word"], value_type.__name__.upper()
+            arguments |= {"type": number_or(word) if word else value_type}
+            arguments |= {"metavar": f"{metavar}|{word}" if word else metavar}
         parser.add_argument(flag(f.name), **arguments)

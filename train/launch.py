@@ -6,13 +6,15 @@ deepspeed --num_gpus=8 train/launch.py --size 6.7B --data data/eight --run runs/
 import argparse
 import os
 import socket
+import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(ROOT)
 
 from train.config import TrainConfig, add_flags, make_config
 from train.exit_codes import BAD_INPUT, DONE, FAILED
@@ -26,17 +28,23 @@ def main(argv=None):
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed always passes it; we read LOCAL_RANK
     parser.add_argument("--explain", action="store_true", help="print every value of the run and where it came from")
     parser.add_argument("--world-size", type=int, metavar="INT", help="with --explain: for how many GPUs (default: 1)")
+    parser.add_argument("--preflight", action="store_true", help="test the nodes first, and stop where one is broken")
     flags = vars(parser.parse_args(argv))
     flags.pop("local_rank")
+    preflight = flags.pop("preflight")
     asked, world_size = flags.pop("explain"), flags.pop("world_size")
     explain_for = (world_size or int(os.environ.get("WORLD_SIZE", 1))) if asked else None
     try:
         if world_size is not None and (not asked or world_size < 1):
             raise ValueError(f"--world-size {world_size} is for --explain alone, and at least 1; the launcher sets it")
+        if preflight and asked:
+            raise ValueError("--preflight starts tests, and --explain starts nothing; give one of them")
         config, origins = make_config(flags)
     except ValueError as error:
         say(int(os.environ.get("RANK", 0)), f"error: {error}")
         return BAD_INPUT
+    if preflight and (code := run_doctor(sys.argv[1:] if argv is None else argv)):
+        return code
     rank = int(os.environ.get("RANK", 0))
     import torch
 
@@ -62,6 +70,12 @@ def main(argv=None):
         say(rank, f"error: {error}")
         return FAILED
     return DONE
+
+
+def run_doctor(words):
+    """The preflight's exit code. In a process of its own, whose GPU may fail or hang."""
+    words = [word for word in words if word != "--preflight" and not word.startswith("--local_rank")]
+    return subprocess.call([sys.executable, str(ROOT / "launch/doctor.py"), "--", *words])
 
 
 def say(rank, line):

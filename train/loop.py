@@ -17,6 +17,7 @@ from train.config import make_plan
 from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
 from train.explain import explain
 from train.guard import WINDOW, Guard
+from train.memory import GIB, zero_of
 from train.metrics import Metrics
 from train.norms import GradientNorms
 from train.optim import check_optimizer
@@ -52,7 +53,10 @@ def train(config, origins=None, explain_for=None):
     rank, world_size = int(os.environ.get("RANK", 0)), explain_for or int(os.environ.get("WORLD_SIZE", 1))
     ds_settings = read_ds_config(config.ds_config or default_ds_config())
     data = open_training_data(config, rank, world_size, verify=config.verify_data and not explain_for)
-    plan = make_plan(config, vocab_size=data.vocab_size, n_tokens=data.n_tokens, world_size=world_size)
+    plan = make_plan(
+        config, vocab_size=data.vocab_size, n_tokens=data.n_tokens, world_size=world_size,
+        zero=zero_of(ds_settings), gpu_memory_gib=gpu_memory_gib(config),
+    )  # fmt: skip
     data_lines = data.check(plan)
     ds_config = complete_ds_config(ds_settings, plan, config, world_size)
     if explain_for:
@@ -183,6 +187,15 @@ def ready(plan, config, ds_config, checkpoint, initial):
     if checkpoint:
         restore_optimizer(engine, checkpoint)
     return engine, guard, GradientNorms(engine, config.norms_every, config.clip) if config.norms_every else None
+
+
+def gpu_memory_gib(config):
+    """What this process's GPU has, for --micro-batch auto; None without a GPU or without the fused kernels on it."""
+    if config.micro_batch != "auto" or not torch.cuda.is_available():
+        return None
+    if not load_ops(config.kernels).__name__.endswith("fused"):
+        return None
+    return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory / GIB
 
 
 def say_on(rank):

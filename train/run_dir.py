@@ -21,6 +21,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -174,6 +175,14 @@ def remove_unfinished(run_dir):
     """Delete what a crash left of checkpoints that were being written."""
     for path in run_dir.unfinished():
         shutil.rmtree(path)
+
+
+def put_aside(path):
+    """Rename a damaged checkpoint, so that it does not count as one; whoever wants to look into it still can."""
+    aside = path.with_name(path.name + ".damaged")
+    with suppress(OSError):  # on a read-only disk it stays, and is passed over again
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
 
 
 def remove_folder(path):

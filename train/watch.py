@@ -34,6 +34,8 @@ SILENT_S = 30  # a run whose steps are short is called silent after that, others
 SILENT_STEPS = 20
 N_EVENTS, N_CHECKPOINTS = 5, 8
 BARS = " ▁▂▃▄▅▆▇█"
+ALWAYS = ("run", "state", "step", "loss")
+LEFT_OUT_FIRST = ("power", "memory", "held-out", "tokens/s", "temp", "MFU")  # in a window that is too narrow for all
 COLORS = {"running": "green", "finished": "cyan", "stopped": "yellow", "hung": "red", "silent": "red"}
 
 
@@ -132,8 +134,9 @@ class Events:
 class Run:
     """One run's folder, as it is now."""
 
-    def __init__(self, path):
-        self.dir, self.name = RunDir(path), str(path)
+    def __init__(self, path, name):
+        """name: what it is called on the screen."""
+        self.dir, self.name = RunDir(path), name
         self.rows, self.events = Rows(self.dir.metrics), Events(self.dir.events)
         self.checkpoints, self.looked = [], -LOOK_AGAIN_S
 
@@ -224,15 +227,16 @@ def folder_bytes(folder):
 
 
 def find_runs(paths):
-    """The folders of runs among `paths` and below them. Raises FileNotFoundError where there is none."""
-    found = {}
+    """{folder: short name} of the runs among `paths` and below them. FileNotFoundError where there is none."""
+    found = []
     for path in paths:
         runs = list(runs_below(path))
         if not runs:
             problem = "is not a run, and there is none below it" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"{path} {problem}; give a run's folder such as runs/demo, or a folder of runs")
-        found |= dict.fromkeys(runs)
-    return list(found)
+        found += runs
+    above = Path(os.path.commonpath([run.resolve().parent for run in found]))
+    return {run: str(run.resolve().relative_to(above)) for run in found}
 
 
 def runs_below(path):
@@ -270,25 +274,41 @@ def draw(runs, height, width):
 
 
 def table_of(runs, width):
-    columns = ["run", "state", "step", "loss", "held-out", "tokens/s", "MFU", "memory", "GPU", "left"]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, width=width)
+    """A line a run, of the columns that there is something to say in and room for."""
+    columns = {
+        "run": [run.name for run in runs],
+        "state": [run.state[1] for run in runs],
+        "step": [shown(run.rows.last.get("step", 0), ",") + shown(run.steps, ",", before="/") for run in runs],
+        "loss": [shown(run.rows.last.get("loss"), ".4f") for run in runs],
+        "held-out": [shown((run.rows.heldout or {}).get("heldout_loss"), ".4f") for run in runs],
+        "tokens/s": [shown(run.rows.last.get("tokens_per_s"), ",.0f") for run in runs],
+        "MFU": [shown(run.rows.last.get("mfu"), ".1%") for run in runs],
+        "memory": [shown(run.rows.last.get("memory_gib"), ".1f", " GiB") for run in runs],
+        "temp": [shown(run.rows.last.get("gpu_temperature_c"), "", " °C") for run in runs],
+        "power": [shown(run.rows.last.get("gpu_power_w"), ",", " W") for run in runs],
+        "left": ["" if run.left_s is None else duration(run.left_s) for run in runs],
+    }
+    columns = {name: cells for name, cells in columns.items() if name in ALWAYS or any(cells)}
+    for name in LEFT_OUT_FIRST:
+        if row_width(columns) > width:
+            columns.pop(name, None)
+    event_width = width - row_width(columns) - 3
+    if event_width >= 20:
+        last = [event_line(run.events.last[-1]) if run.events.last else "" for run in runs]
+        columns["last event"] = [line[:event_width] for line in last]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=True)
-    table.add_column("last event", no_wrap=True, overflow="ellipsis", ratio=1)
-    for run in runs:
-        row, (state, text) = run.rows.last, run.state
-        step = f"{row.get('step', 0):,}" + (f"/{run.steps:,}" if run.steps else "")
-        heldout, memory = run.rows.heldout, row.get("memory_gib")
-        gpu = [f"{row['gpu_temperature_c']} °C" if "gpu_temperature_c" in row else ""]
-        gpu += [f"{row['gpu_power_w']:,} W" if "gpu_power_w" in row else ""]
-        table.add_row(
-            run.name, Text(text, style=COLORS[state]), step, shown(row.get("loss"), ".4f"),
-            shown(heldout and heldout["heldout_loss"], ".4f"), shown(row.get("tokens_per_s"), ",.0f"),
-            shown(row.get("mfu"), ".1%"), shown(memory, ".1f", " GiB"), " ".join(filter(None, gpu)) or "-",
-            "-" if run.left_s is None else duration(run.left_s),
-            event_line(run.events.last[-1]) if run.events.last else "-",
-        )  # fmt: skip
+        left = name in ("run", "state", "last event")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
+    for i, run in enumerate(runs):
+        styles = {"state": COLORS[run.state[0]]}
+        table.add_row(*(Text(cells[i] or "-", style=styles.get(name, "")) for name, cells in columns.items()))
     return table
+
+
+def row_width(columns):
+    """Characters that a table of these columns takes."""
+    return sum(max(map(len, [name, *cells])) + 3 for name, cells in columns.items())
 
 
 def details_of(run, width, n_rows):
@@ -341,8 +361,9 @@ def event_line(event):
     return f"{stamp} {event['event']}: {' '.join(str(event['text']).split())}"
 
 
-def shown(value, form, unit=""):
-    return "-" if value is None else f"{value:{form}}{unit}"
+def shown(value, form, unit="", before=""):
+    """The value as text, or nothing for one that is not there."""
+    return "" if value is None else f"{before}{value:{form}}{unit}"
 
 
 def duration(seconds):
@@ -379,7 +400,7 @@ def watch(paths, console):
     with keys() as key, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             if time.monotonic() - looked >= LOOK_AGAIN_S:
-                runs = {path: runs.get(path) or Run(path) for path in find_runs(paths)}
+                runs = {path: runs.get(path) or Run(path, name) for path, name in find_runs(paths).items()}
                 looked = time.monotonic()
             for run in runs.values():
                 run.refresh()
@@ -401,7 +422,7 @@ def main(argv=None):
         if flags.once or not console.is_terminal:
             if not console.is_terminal:
                 console = Console(width=160)
-            runs = [Run(path) for path in find_runs(flags.runs)]
+            runs = [Run(path, name) for path, name in find_runs(flags.runs).items()]
             for run in runs:
                 run.refresh()
             console.print(draw(runs, None, console.width))

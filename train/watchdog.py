@@ -162,8 +162,8 @@ class Watchdog:
             names = "; ".join(f"{self.name(rank)}: no sign of life {self._where(rank)}" for rank in silent)
             return [names, max(silent.values()) > 2 * self.silent_seconds]
         waited = now - self.advanced
-        if waited > self.stall_seconds and all(self.beats):
-            least = min(beat["count"] for beat in self.beats)
+        least = min(beat["count"] if beat else 0 for beat in self.beats)
+        if waited > self.stall_seconds and least:  # before its first step a rank may take long to load
             behind = [rank for rank, beat in enumerate(self.beats) if beat["count"] == least]
             which = "all are there" if len(behind) == self.world_size else "the others wait for it"
             names = "; ".join(f"{self.name(rank)} {self._where(rank)}" for rank in behind[:8])

@@ -1,0 +1,122 @@
+"""The planner beside what was measured: our points, others' published figures, earlier systems' claims.
+
+python -m launch.check            # the tables of the README
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+
+from launch.plan import Request, rank, zero_settings
+from launch.speed import Setup, measured, step_time
+from model.config import ModelConfig, get_preset
+from train.hardware import GPUS
+from train.memory import GIB, peak_memory
+
+MEMORY_WITHIN, TIME_WITHIN, PUBLISHED_WITHIN = 0.05, 0.10, 0.25
+TOKENS_A_GPU = 32768  # in a step, of published figures: an assumption, as most do not name their batch
+
+
+def setup_of(point):
+    """The Setup of one of measurements.json's points."""
+    model = replace(get_preset(point["size"], seq_len=point["seq_len"]), vocab_size=point["vocab_size"])
+    training = point["mode"] == "training"
+    documents = point.get("document_tokens") or point["seq_len"] / point["documents_a_row"]
+    return Setup(
+        model=model, gpu=GPUS[point["gpu"]], n_gpus=point.get("n_gpus", 1), micro_batch=point["micro_batch"],
+        grad_accum=point.get("grad_accum", 1), zero=zero_settings(point["zero_file"]) if training else None,
+        recompute=point["recompute"], optimizer=point.get("optimizer", "adamw"), document_tokens=documents,
+    )  # fmt: skip
+
+
+def compare(point):
+    """(predicted GiB, its error; predicted ms, its error) of a point; an error is None where it does not count."""
+    setup = setup_of(point)
+    parts = peak_memory(
+        setup.model, world_size=setup.n_gpus, micro_batch=setup.micro_batch, zero=setup.zero,
+        recompute=setup.recompute, optimizer=setup.optimizer, packed=point.get("documents_a_row") != 1,
+    )  # fmt: skip
+    gib, ms = sum(parts.values()) / GIB, sum(step_time(setup).values()) * 1e3
+    counts = point["use"] == "checks"
+    return gib, gib / point["peak_gib"] - 1, ms, ms / point["step_ms"] - 1 if counts else None
+
+
+def published_model(name, seq_len):
+    return ModelConfig(**measured()["published_models"][name], seq_len=seq_len)
+
+
+def predict_published(figure):
+    """Tokens/s and GPU of the planner's best set-up for another's model, GPUs and rows."""
+    model = published_model(figure["model"], figure["seq_len"])
+    request = Request(
+        size="6.7B", model=model, tokens=1e9, recompute=figure["recompute"], document_tokens=figure["seq_len"],
+        batch_tokens=figure["n_gpus"] * TOKENS_A_GPU,
+    )  # fmt: skip
+    fitting, _ = rank(request, GPUS[figure["gpu"]], figure["n_gpus"])
+    return fitting[0].tokens_per_s / figure["n_gpus"] if fitting else None
+
+
+def mark(error, limit):
+    return "" if error is None else f"{error:+.1%}" + ("" if abs(error) <= limit else " (miss)")
+
+
+def point_rows():
+    yield "| point | size | rows x tokens | step | GiB | planner | | ms | planner | |"
+    yield "|---|---|---|---|---:|---:|---|---:|---:|---|"
+    for point in measured()["points"]:
+        gib, memory_error, ms, time_error = compare(point)
+        step = f"recompute {point['recompute']}"
+        if point["mode"] == "training":
+            step = f"{point['zero_file']}, {point['optimizer']}, {step}, x {point['grad_accum']}"
+        timed = {"checks": mark(time_error, TIME_WITHIN), "memory checks": "not counted"}.get(
+            point["use"], "calibrates"
+        )
+        yield (
+            f"| {point['id']} | {point['size']} | {point['micro_batch']} x {point['seq_len']:,} | {step} | "
+            f"{point['peak_gib']} | {gib:.1f} | {mark(memory_error, MEMORY_WITHIN)} | {point['step_ms']:,.0f} | "
+            f"{ms:,.0f} | {timed} |"
+        )
+
+
+def published_rows():
+    yield "| model | GPUs | row | published tokens/s and GPU | planner | | source |"
+    yield "|---|---|---:|---:|---:|---|---|"
+    for figure in measured()["published"]:
+        found = predict_published(figure)
+        error = None if found is None else found / figure["tokens_per_s_per_gpu"] - 1
+        verdict = "calibrates" if figure["use"] == "calibrates" else mark(error, PUBLISHED_WITHIN)
+        again = ", recomputed" if figure["recompute"] else ""
+        ours = "does not fit | (miss)" if found is None else f"{found:,.0f} | {verdict}"
+        yield (
+            f"| {figure['model']} | {figure['n_gpus']} {figure['gpu']} | {figure['seq_len']:,}{again} | "
+            f"{figure['tokens_per_s_per_gpu']:,} | {ours} | {figure['source']} |"
+        )
+
+
+def claim_rows():
+    yield "| claim | planner | |"
+    yield "|---|---|---|"
+    for claim in measured()["claims"]:
+        model, gpu = get_preset(claim["size"]), GPUS[claim["gpu"]]
+        tokens = claim["tokens"] or 20 * model.n_parameters
+        fitting, _ = rank(Request(size=claim["size"], model=model, tokens=tokens), gpu, claim["n_gpus"])
+        best, high = fitting[0], claim["days"][1]
+        in_time = best.tokens_per_s * 86400 * high
+        yield (
+            f"| {claim['claim']} | {tokens / 1e9:,.0f}B tokens: {best.days:,.1f} days at {best.tokens_per_s:,.0f} "
+            f"tokens/s ({best.mfu:.0%} MFU) | {in_time / 1e9:,.1f}B tokens in {high} days |"
+        )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(argv)
+    for rows in (point_rows, published_rows, claim_rows):
+        print("\n".join(rows()), end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

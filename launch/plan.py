@@ -1,0 +1,278 @@
+"""Which set-ups fit, how fast and at what price: the search behind launch/estimate.py. Needs no torch.
+
+best, others = rank(request)          # set-ups of one machine that fit, the fastest first
+cheapest, fastest = search(request)   # over GPUs and their number, within a budget and a time
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from launch.speed import Setup, step_time
+from model.config import PRESETS, ModelConfig
+from train.config import SIZE_DEFAULTS
+from train.hardware import GPUS, Gpu
+from train.memory import GIB, memory_needed, peak_memory, zero_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PRICES = Path(__file__).with_name("prices.json")
+ZERO_FILES = ("zero2", "zero1", "zero3", "zero3_hpz", "zero2_offload")  # the fastest first, where times are equal
+SCALING_FILES = ("zero1", "zero2", "zero3", "zero3_hpz")
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+MOST_ROWS = 64  # of a micro-batch
+HOURS_A_DAY = 24
+LARGEST_BATCH = 2  # times the size's: above, more GPUs need more tokens for the same loss (arXiv:1812.06162)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for. None: the search may choose."""
+
+    # fmt: off
+    size: str
+    model: ModelConfig
+    tokens: float
+    gpu: Gpu | None = None
+    n_gpus: int | None = None
+    batch_tokens: int | None = None
+    micro_batch: int | None = None
+    zero_file: str | None = None      # one of ZERO_FILES
+    recompute: str | None = None
+    optimizer: str = "adamw"
+    document_tokens: float = 1024
+    budget: float | None = None       # dollars
+    days: float | None = None
+    provider: str | None = None
+    spot: bool = False
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A set-up with what it costs."""
+
+    setup: Setup
+    zero_file: str
+    parts: dict  # bytes by part, on each GPU
+    needed: float  # bytes on each GPU, the allocator's and CUDA's own included
+    seconds: dict  # of one step, by part
+    tokens: float
+    price: dict | None  # of prices.json; None: nobody is known to let this GPU
+
+    @property
+    def fits(self):
+        return self.needed <= self.setup.gpu.memory_gib * GIB
+
+    @property
+    def tokens_per_s(self):
+        return self.setup.batch_tokens / sum(self.seconds.values())
+
+    @property
+    def days(self):
+        return self.tokens / self.tokens_per_s / 86400
+
+    @property
+    def gpu_hours(self):
+        return self.days * HOURS_A_DAY * self.setup.n_gpus
+
+    @property
+    def dollars(self):
+        return None if self.price is None else self.gpu_hours * self.price["dollars_per_gpu_hour"]
+
+    @property
+    def mfu(self):
+        flops = self.tokens_per_s / self.setup.n_gpus * self.setup.model.flops_per_token
+        return flops / (self.setup.gpu.dense_tflops["bf16"] * 1e12)
+
+
+@cache
+def zero_settings(name):
+    return zero_of(json.loads((ROOT / f"ds_configs/{name}.json").read_text()))
+
+
+@cache
+def prices():
+    return json.loads(PRICES.read_text())["prices"]
+
+
+def price_of(gpu, *, spot=False, provider=None):
+    """The lowest price of a GPU: on demand, unless spot. None where there is none."""
+    kind = "spot" if spot else "on-demand"
+    found = [p for p in prices() if p["gpu"] == gpu.name and p["kind"] == kind]
+    found = [p for p in found if provider is None or p["provider"].lower() == provider.lower()]
+    return min(found, key=lambda p: p["dollars_per_gpu_hour"], default=None)
+
+
+def batch_of(request, n_gpus):
+    """Tokens in a step: what was asked for, or the size's, raised to whole rows (or micro-batches asked for)."""
+    if request.batch_tokens is not None:
+        return request.batch_tokens
+    per_round = n_gpus * (request.micro_batch or 1) * request.model.seq_len
+    return -(-SIZE_DEFAULTS[request.size]["batch_tokens"] // per_round) * per_round
+
+
+def choices(request, gpu, n_gpus):
+    """Yield a Choice for every arrangement, kind of recomputation and micro-batch that the request leaves open."""
+    price = price_of(gpu, spot=request.spot, provider=request.provider)
+    batch = batch_of(request, n_gpus)
+    for zero_file in [request.zero_file] if request.zero_file else ZERO_FILES:
+        zero = zero_settings(zero_file)
+        if zero.hpz > 1:
+            zero = replace(zero, hpz=gpu.gpus_per_node)
+        if (zero.hpz > 1 and not request.zero_file and n_gpus <= zero.hpz) or (zero.offload and n_gpus > 8):
+            continue
+        if zero.offload and request.optimizer == "adamw8bit":
+            continue
+        for recompute in [request.recompute] if request.recompute else ("none", "layer"):
+            for rows in [request.micro_batch] if request.micro_batch else range(1, MOST_ROWS + 1):
+                if batch % (n_gpus * rows * request.model.seq_len):
+                    continue
+                setup = Setup(
+                    model=request.model, gpu=gpu, n_gpus=n_gpus, micro_batch=rows,
+                    grad_accum=batch // (n_gpus * rows * request.model.seq_len), zero=zero, recompute=recompute,
+                    optimizer=request.optimizer, document_tokens=request.document_tokens,
+                )  # fmt: skip
+                parts = peak_memory(
+                    request.model, world_size=n_gpus, micro_batch=rows, zero=zero, recompute=recompute,
+                    optimizer=request.optimizer,
+                )  # fmt: skip
+                choice = Choice(
+                    setup=setup, zero_file=zero_file, parts=parts, needed=memory_needed(parts, n_gpus),
+                    seconds=step_time(setup), tokens=request.tokens, price=price,
+                )  # fmt: skip
+                yield choice
+                if not choice.fits:
+                    break  # more rows need more
+
+
+def rank(request, gpu, n_gpus):
+    """(set-ups that fit, the fastest first; those that do not, the smallest first).
+
+    Raises ValueError if no micro-batch divides the batch that was asked for.
+    """
+    found = list(choices(request, gpu, n_gpus))
+    if not found:
+        rows = request.micro_batch or 1
+        per_round = n_gpus * rows * request.model.seq_len
+        lower = max(request.batch_tokens // per_round, 1) * per_round
+        raise ValueError(
+            f"--batch-tokens {request.batch_tokens:,} is not a multiple of {per_round:,} ({n_gpus} GPUs x {rows} "
+            f"sequences x {request.model.seq_len} tokens); nearest: {lower:,} or {lower + per_round:,}"
+        )
+    fitting = sorted((c for c in found if c.fits), key=lambda c: -c.tokens_per_s)
+    return fitting, sorted((c for c in found if not c.fits), key=lambda c: c.needed)
+
+
+def search(request):
+    """Every GPU and count that the request leaves open: [(the fastest Choice of each that fits)], cheapest first."""
+    counts = [request.n_gpus] if request.n_gpus else COUNTS
+    most = LARGEST_BATCH * SIZE_DEFAULTS[request.size]["batch_tokens"]
+    found = []
+    for gpu in [request.gpu] if request.gpu else GPUS.values():
+        if not request.gpu and price_of(gpu, spot=request.spot, provider=request.provider) is None:
+            continue
+        for n_gpus in counts:
+            if n_gpus > gpu.gpus_per_node and gpu.network_gb_s < 1:
+                continue  # consumer cards have no network to speak of
+            if not request.n_gpus and batch_of(request, n_gpus) > most:
+                continue
+            fitting, _ = rank(request, gpu, n_gpus)
+            found += fitting[:1]
+    return sorted(found, key=lambda c: (c.dollars is None, c.dollars or c.days))
+
+
+def within(request, found):
+    """The choices that keep to the budget and the days."""
+    return [
+        c for c in found
+        if (request.budget is None or (c.dollars is not None and c.dollars <= request.budget))
+        and (request.days is None or c.days <= request.days)
+    ]  # fmt: skip
+
+
+def scaling(request, gpu):
+    """[{"gpus", "batch_tokens", "tokens_per_s_per_gpu": {DeepSpeed file: rate}, "best", "efficiency"}] for 1 to 1,024
+    GPUs, each file at its fastest micro-batch and kind of recomputation; None where it does not fit.
+
+    efficiency: the best file's rate a GPU beside that of the fewest GPUs on which any fits.
+    """
+    rows, first = [], None
+    for n_gpus in COUNTS:
+        rates = {}
+        for zero_file in SCALING_FILES:
+            one = replace(request, zero_file=zero_file, n_gpus=n_gpus)
+            fitting, _ = rank(one, gpu, n_gpus) if n_gpus > gpu.gpus_per_node or zero_file != "zero3_hpz" else ([], [])
+            rates[zero_file] = fitting[0].tokens_per_s / n_gpus if fitting else None
+        known = {name: rate for name, rate in rates.items() if rate}
+        best = max(known, key=lambda name: known[name]) if known else None
+        first = first or (known[best] if best else None)
+        rows.append(
+            {
+                "gpus": n_gpus, "batch_tokens": batch_of(request, n_gpus), "tokens_per_s_per_gpu": rates, "best": best,
+                "efficiency": known[best] / first if best else None,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def what_would_give(request, gpu, n_gpus):
+    """Lines: what would make the model fit into this GPU, and what each leaves to be found."""
+    lines, room = [], gpu.memory_gib
+    tries = [
+        ("--recompute layer", {"recompute": "layer"}),
+        ("--micro-batch 1", {"micro_batch": 1}),
+        ("--micro-batch 1 --recompute layer", {"micro_batch": 1, "recompute": "layer"}),
+        ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
+        ("ZeRO-3", {"zero_file": "zero3"}),
+        ("ZeRO-3 --micro-batch 1 --recompute layer", {"zero_file": "zero3", "micro_batch": 1, "recompute": "layer"}),
+        ("ZeRO-3 --micro-batch 1 --recompute layer --optimizer adamw8bit",
+         {"zero_file": "zero3", "micro_batch": 1, "recompute": "layer", "optimizer": "adamw8bit"}),
+        ("ds_configs/zero2_offload.json --micro-batch 1 --recompute layer",
+         {"zero_file": "zero2_offload", "micro_batch": 1, "recompute": "layer", "optimizer": "adamw"}),
+    ]  # fmt: skip
+    for what, changes in tries:
+        if all(getattr(request, name) == value for name, value in changes.items()):
+            continue
+        relaxed = replace(request, **({"batch_tokens": None} | changes))
+        fitting, rest = rank(relaxed, gpu, n_gpus)
+        if fitting:
+            best = fitting[0]
+            size = f"{best.needed / GIB:.1f} of {room:.1f} GiB, {best.tokens_per_s:,.0f} tokens/s"
+            with_file = "" if "zero_file" in changes else f" with ds_configs/{best.zero_file}.json"
+            lines.append(f"{what}: fits{with_file}, {size}")
+    for more in COUNTS:
+        if more > n_gpus:
+            fitting, _ = rank(replace(request, batch_tokens=None), gpu, more)
+            if fitting:
+                lines.append(f"{more} GPUs: fits, {fitting[0].needed / GIB:.1f} of {room:.1f} GiB")
+                break
+    else:
+        lines.append(f"more GPUs: not even on {COUNTS[-1]:,}, as they share all but what a micro-batch holds")
+    for other in sorted(GPUS.values(), key=lambda g: g.memory_gib):
+        if other.memory_gib > gpu.memory_gib:
+            fitting, _ = rank(replace(request, batch_tokens=None), other, n_gpus)
+            if fitting:
+                lines.append(f"--gpu {other.name}: fits, {fitting[0].needed / GIB:.1f} of {other.memory_gib:.1f} GiB")
+                break
+    return lines
+
+
+def command(request, choice, data="data/eight"):
+    """The line that starts the run."""
+    setup, model = choice.setup, request.model
+    nodes = -(-setup.n_gpus // setup.gpu.gpus_per_node)
+    start = "deepspeed --hostfile=hostfile" if nodes > 1 else f"deepspeed --num_gpus={setup.n_gpus}"
+    words = [
+        start, "train/launch.py", f"--size {request.size}", f"--data {data}", f"--run runs/{request.size}",
+        f"--tokens {request.tokens:.0f}", f"--batch-tokens {setup.batch_tokens}", f"--micro-batch {setup.micro_batch}",
+        f"--recompute {setup.recompute}", f"--ds-config ds_configs/{choice.zero_file}.json",
+    ]  # fmt: skip
+    preset = PRESETS[request.size]
+    if model.layer_pattern != preset.layer_pattern:
+        words.append(f"--layer-pattern {model.layer_pattern}")
+    if model.seq_len != preset.seq_len:
+        words.append(f"--seq-len {model.seq_len}")
+    if setup.optimizer != "adamw":
+        words.append(f"--optimizer {setup.optimizer}")
+    return " ".join(words)

@@ -1,0 +1,145 @@
+"""The count of a GPU's memory: against what autograd keeps, what ZeRO splits, and what an H200 held."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from launching import ROOT
+
+from launch.check import MEMORY_WITHIN, compare
+from launch.speed import measured
+from model import reference
+from model.config import get_preset
+from model.layers import RMSNorm, SwiGLU
+from train.config import TrainConfig, make_plan
+from train.memory import GIB, Zero, largest_micro_batch, memory_needed, peak_memory, saved_by_mlp, zero_of
+
+SMALL = {"nano", "100M"}  # a tenth of a GiB more than counted, which is much of so little
+
+
+def bytes_kept(module, x):
+    """Bytes of the tensors that autograd keeps of a forward pass, each storage once, without the parameters."""
+    kept = {}
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = module(x)
+    return sum(kept.values()), y
+
+
+def test_swiglu_keeps_what_is_counted():
+    model = replace(get_preset("nano"), d_model=64, d_ff=96)
+    tokens, mlp = 40, SwiGLU(64, 96).bfloat16()
+    x = torch.randn(1, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
+    kept, _ = bytes_kept(mlp, x)
+    per_token, joined = saved_by_mlp(model)
+    norm = 2 * 64 + 4  # the residual stream and a scale, which the norm keeps; its output is x here
+    assert kept == (per_token - norm) * tokens + joined
+
+
+def test_norm_keeps_no_more_than_its_input_and_a_scale_a_row():
+    class Fused:
+        rms_norm = staticmethod(lambda x, weight, eps: torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
+
+    assert reference.rms_norm is not Fused.rms_norm
+    x = torch.randn(1, 40, 64, requires_grad=True)
+    kept, _ = bytes_kept(RMSNorm(64, 1e-5, Fused), x)
+    assert kept <= 3 * 4 * 64 * 40  # in float32 on a CPU, where the norm is made of parts
+
+
+@pytest.mark.parametrize("n", [1, 8, 128])
+@pytest.mark.parametrize(
+    "stage, whole, shared", [(1, 2 + 4, 12), (2, 2, 16), (3, 0, 18)], ids=["stage 1", "stage 2", "stage 3"]
+)
+def test_what_zero_splits_is_divided_by_the_processes(stage, whole, shared, n):
+    """Bytes a parameter, ZeRO (arXiv:1910.02054, figure 1) with float32 gradients; stage 1 adds them up whole."""
+    model = get_preset("2.7B")
+    parts = peak_memory(model, world_size=n, micro_batch=1, zero=Zero(stage=stage), recompute="layer")
+    standing = sum(parts.get(part, 0) for part in ("weights", "float32 weights", "optimizer states", "gradients"))
+    assert standing == pytest.approx((whole + shared / n) * model.n_parameters)
+
+
+def test_hpz_keeps_a_second_copy_within_a_node():
+    model = get_preset("6.7B")
+    flat, hpz = (peak_memory(model, world_size=64, micro_batch=1, zero=Zero(stage=3, hpz=h)) for h in (1, 8))
+    assert hpz["weights"] - flat["weights"] == pytest.approx(2 * model.n_parameters / 8)
+
+
+def test_offload_leaves_only_weights_on_the_gpu():
+    parts = peak_memory(get_preset("2.7B"), micro_batch=1, zero=Zero(offload=True), recompute="layer")
+    assert not {"float32 weights", "optimizer states", "gradients"} & set(parts)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_more_rows_need_more_and_recomputation_less(stage):
+    def peak(rows, recompute):
+        parts = peak_memory(
+            get_preset("1.3B"), world_size=8, micro_batch=rows, zero=Zero(stage=stage), recompute=recompute
+        )
+        return sum(parts.values())
+
+    assert peak(1, "layer") < peak(1, "none") < peak(2, "none") < peak(4, "none")
+    assert peak(4, "layer") < peak(4, "none") / 2
+
+
+def test_every_ds_config_can_be_counted():
+    for path in sorted((ROOT / "ds_configs").glob("*.json")):
+        zero = zero_of(json.loads(path.read_text()))
+        parts = peak_memory(get_preset("nano"), world_size=2, micro_batch=4, zero=zero)
+        assert sum(parts.values()) > 0, path
+        assert (zero.bf16, zero.offload, zero.hpz > 1) == (
+            "bf16" in path.read_text(), "offload" in path.name, "hpz" in path.name,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("point", measured()["points"], ids=lambda point: point["id"])
+def test_peak_is_what_an_h200_held(point):
+    gib, error, *_ = compare(point)
+    if point["size"] in SMALL:
+        assert abs(gib - point["peak_gib"]) < 0.25
+    else:
+        assert abs(error) <= MEMORY_WITHIN, f"{gib:.2f} GiB planned, {point['peak_gib']} measured"
+
+
+def test_largest_micro_batch_fits_and_the_next_does_not():
+    model = get_preset("1.3B")
+    rows = largest_micro_batch(
+        model, batch_tokens=1 << 20, world_size=4, zero=Zero(), recompute="none", optimizer="adamw", memory_gib=79.1
+    )
+    assert (1 << 20) % (4 * rows * model.seq_len) == 0
+
+    def needed(n):
+        return memory_needed(peak_memory(model, world_size=4, micro_batch=n, zero=Zero()), 4) / GIB
+
+    assert needed(rows) <= 79.1 < needed(2 * rows)
+
+
+def test_micro_batch_that_cannot_fit_is_refused_by_how_much():
+    with pytest.raises(ValueError, match=r"^--micro-batch auto: one sequence of 8,192 tokens .*: [\d.]+ too few; .*$"):
+        largest_micro_batch(
+            get_preset("6.7B"), batch_tokens=1 << 21, world_size=1, zero=Zero(), recompute="none", optimizer="adamw",
+            memory_gib=39.4,
+        )  # fmt: skip
+
+
+def test_auto_takes_the_planners_micro_batch():
+    config = TrainConfig(size="1.3B", data="data", run="runs/x", steps=10, micro_batch="auto", batch_tokens=1 << 20)
+    plan = make_plan(config, vocab_size=50304, n_tokens=10**10, world_size=4, zero=Zero(stage=2), gpu_memory_gib=79.1)
+    assert plan.micro_batch == largest_micro_batch(
+        plan.model, batch_tokens=1 << 20, world_size=4, zero=Zero(), recompute="none", optimizer="adamw",
+        memory_gib=79.1,
+    )  # fmt: skip
+    assert plan.micro_batch * plan.grad_accum * 4 * 8192 == 1 << 20
+
+
+def test_auto_without_a_gpu_is_refused_in_one_line():
+    config = TrainConfig(size="nano", data="data", run="runs/x", steps=10, micro_batch="auto")
+    with pytest.raises(ValueError, match=r"^--micro-batch auto counts .*; give a number$"):
+        make_plan(config, vocab_size=4096, n_tokens=10**7, world_size=1)
