@@ -390,12 +390,12 @@ FAULTS = (
         name="host cut off and back", play=lose_host_and_find_it_again, within_s=HOST_TIMEOUT_S + 2,
         named="rank 1, hostB", after="hostA, then both hosts", difference=FEWER_HOSTS,
     ),
-    Fault(name="worker frozen", play=freeze_worker, within_s=FROZEN_S + 2, named="rank 1, hostB", short=True),
+    Fault(name="worker frozen", play=freeze_worker, within_s=FROZEN_S + 2, named="rank 1, hostB"),
     Fault(
         name="worker stuck", play=get_stuck, within_s=60 * STUCK_MINUTES + 5, named="rank 1, hostB",
         worker=("--fault", f"stuck:{BREAK_AT}:1"), timeout_minutes=STUCK_MINUTES,
     ),
-    Fault(name="SIGTERM", play=ask_to_stop, within_s=2),
+    Fault(name="SIGTERM", play=ask_to_stop, within_s=2, short=True),
     Fault(
         name="NaN", play=take_a_bad_step, within_s=0, named=f"step {NAN_AT}", after="the same processes", short=True,
         worker=("--fault", f"nan:{NAN_AT}:1"), unbroken=("--skip", str(NAN_AT)), left_out=NAN_AT,
@@ -494,14 +494,28 @@ def check_machine():
         raise ValueError(f"the drill needs {', '.join(missing)}; on Debian: apt-get install {' '.join(missing)}")
 
 
+def noticed(row):
+    if row.noticed_s is None:
+        return "-"
+    return "in the step" if row.fault.left_out else f"{row.noticed_s:.1f} s ({row.fault.within_s:g} s)"
+
+
 def table(rows):
     """The rows as a Markdown table."""
-    heads = ("fault", "noticed after", "named", "went on with", "steps lost", "largest loss difference", "verdict")
+    heads = (
+        "fault",
+        "noticed after (stated)",
+        "named",
+        "went on with",
+        "steps lost",
+        "largest loss difference",
+        "verdict",
+    )
     lines = [heads, ("---",) * len(heads)]
     for row in rows:
         lines.append((
             row.fault.name,
-            "-" if row.noticed_s is None else "in the step" if row.fault.left_out else f"{row.noticed_s:.1f} s",
+            noticed(row),
             row.named,
             row.went_on,
             "-" if row.steps_lost is None else str(row.steps_lost),
@@ -544,7 +558,7 @@ def main(argv=None):
         prog="python -m launch.drill", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--short", action="store_true", help="two faults, for a test")
+    parser.add_argument("--short", action="store_true", help="three faults, in about a minute")
     parser.add_argument("--only", action="append", choices=names, help="one fault; may be given again")
     parser.add_argument("--keep", type=Path, help="a new folder for the runs and their logs, which stays")
     options = parser.parse_args(argv)

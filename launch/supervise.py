@@ -27,8 +27,9 @@ import threading
 import time
 from pathlib import Path
 
+from launch.run_flags import parse_run, split_words
 from model.config import get_preset
-from train.config import SIZE_DEFAULTS, TrainConfig, add_flags, make_config
+from train.config import SIZE_DEFAULTS
 from train.exit_codes import BAD_INPUT, DONE, FAILED, HUNG, INTERRUPTED, REQUEUE
 from train.run_dir import RunDir
 
@@ -521,13 +522,6 @@ def lock(run_dir):
     return file
 
 
-def read_flags(flags):
-    """The TrainConfig of train/launch.py's flags. Raises ValueError."""
-    parser = argparse.ArgumentParser(prog="train/launch.py", allow_abbrev=False)
-    add_flags(parser, TrainConfig)
-    return make_config(vars(parser.parse_args(flags)))[0]
-
-
 def parse(arguments):
     parser = argparse.ArgumentParser(
         prog="python -m launch.supervise", description=__doc__, allow_abbrev=False,
@@ -550,7 +544,7 @@ def parse(arguments):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    ours, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    ours, flags = split_words(argv)
     options = parse(ours)
     try:
         if not flags:
@@ -568,7 +562,7 @@ def main(argv=None):
         )
         if not 1 <= options.min_hosts <= len(options.hosts):
             raise ValueError(f"--min-hosts {options.min_hosts} of {len(options.hosts)} hosts; allowed: 1 to all")
-        config = read_flags(flags)
+        config = parse_run(flags)
         held = lock(RunDir(Path(config.run)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
