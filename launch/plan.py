@@ -97,11 +97,12 @@ def prices():
 
 
 def price_of(gpu, *, spot=False, provider=None):
-    """The lowest price of a GPU: on demand, unless spot. None where there is none."""
-    kind = "spot" if spot else "on-demand"
-    found = [p for p in prices() if p["gpu"] == gpu.name and p["kind"] == kind]
+    """The lowest price of a GPU: on demand, or spot; where nobody lets it, an own machine's electricity; else None."""
+    found = [p for p in prices() if p["gpu"] == gpu.name]
     found = [p for p in found if provider is None or p["provider"].lower() == provider.lower()]
-    return min(found, key=lambda p: p["dollars_per_gpu_hour"], default=None)
+    let = [p for p in found if p["kind"] == ("spot" if spot else "on-demand")]
+    own = [p for p in found if p["kind"] == "own"]
+    return min(let or own, key=lambda p: p["dollars_per_gpu_hour"], default=None)
 
 
 def batch_of(request, n_gpus):
@@ -170,7 +171,8 @@ def search(request):
     most = LARGEST_BATCH * SIZE_DEFAULTS[request.size]["batch_tokens"]
     found = []
     for gpu in [request.gpu] if request.gpu else GPUS.values():
-        if not request.gpu and price_of(gpu, spot=request.spot, provider=request.provider) is None:
+        price = price_of(gpu, spot=request.spot, provider=request.provider)
+        if not request.gpu and (price is None or price["kind"] == "own"):
             continue
         for n_gpus in counts:
             if n_gpus > gpu.gpus_per_node and gpu.network_gb_s < 1:

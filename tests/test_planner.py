@@ -69,7 +69,7 @@ def test_every_constant_says_what_it_is_and_where_from():
 
 def test_every_price_has_a_gpu_a_date_and_a_source():
     for price in prices():
-        assert price["gpu"] in GPUS and price["kind"] in ("spot", "on-demand")
+        assert price["gpu"] in GPUS and price["kind"] in ("spot", "on-demand", "own")
         assert price["dollars_per_gpu_hour"] > 0 and price["date"] and price["source"]
     assert price_of(GPUS["h100"], spot=True)["dollars_per_gpu_hour"] < price_of(GPUS["h100"])["dollars_per_gpu_hour"]
 
@@ -138,6 +138,17 @@ def test_activations_that_no_number_of_gpus_would_share_are_named():
     assert any(line.startswith("more GPUs: not even on 1,024") for line in result["would_fit"])
 
 
+def test_every_micro_batch_can_be_listed_with_its_memory():
+    request = request_of("--size", "1.3B", "--gpus", "8", "--gpu", "h200")
+    few, many = estimate(request)["set_ups"], estimate(request, every=True)["set_ups"]
+    rows = [r for r in many if (r["ds_config"], r["recompute"]) == ("ds_configs/zero2.json", "none")]
+    assert [r["micro_batch"] for r in sorted(rows, key=lambda r: r["memory_gib_per_gpu"])] == [1, 2, 4, 8]
+    assert [r["fits"] for r in sorted(rows, key=lambda r: r["memory_gib_per_gpu"])] == [True, True, True, False]
+    assert len(few) < len(many)
+    for row in rows:
+        assert sum(row["memory_gib_by_part"].values()) == pytest.approx(row["memory_gib_per_gpu"])
+
+
 def test_what_fits_has_room_for_the_allocator():
     result = estimate(request_of("--size", "1.3B", "--gpus", "8", "--gpu", "a100-40"))
     assert result["fits"]
@@ -187,6 +198,13 @@ def test_scaling_reaches_1024_gpus_and_loses_on_the_way():
 def test_search_leaves_out_gpus_without_a_price():
     request = Request(size="nano", model=get_preset("nano"), tokens=1e9, provider="packet.ai", budget=1e6)
     assert {c.setup.gpu.name for c in search(request)} == {"h200", "b200"}
+
+
+def test_electricity_of_an_own_machine_is_not_taken_for_a_price():
+    assert price_of(GPUS["rtx4090"])["provider"] == "RunPod"
+    assert price_of(GPUS["rtx4060"])["kind"] == "own"
+    found = search(Request(size="nano", model=get_preset("nano"), tokens=1e9, budget=1e6))
+    assert "rtx4060" not in {c.setup.gpu.name for c in found}
 
 
 def test_page_of_pictures_needs_no_network(tmp_path, capsys):
