@@ -13,7 +13,7 @@ from pathlib import Path
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.plan import ZERO_FILES, Request, command, prices, rank, scaling, search, what_would_give, within
+from launch.plan import ZERO_FILES, Request, batch_of, command, prices, rank, scaling, search, what_would_give, within
 from model.config import get_preset
 from train.config import OPTIMIZERS
 from train.hardware import GPUS, get_gpu
@@ -157,6 +157,9 @@ def estimate(request, data="data/eight", every=False):
     }  # fmt: skip
     if request.budget is not None or request.days is not None:
         return result | plans(request, data)
+    batch = batch_of(request, request.n_gpus)
+    if request.tokens < batch:
+        raise ValueError(f"--tokens {request.tokens:,.0f} do not fill one step of {batch:,} tokens; give that or more")
     fitting, rest = rank(request, request.gpu, request.n_gpus)
     if fitting:
         return result | describe(request, fitting[0], data) | {"set_ups": table(fitting, rest, every)}

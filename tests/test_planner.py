@@ -55,10 +55,19 @@ def test_published_figures_are_within_a_quarter_but_for_those_named():
     assert misses == PUBLISHED_MISSES
 
 
-@pytest.mark.parametrize("rows", [check.point_rows, check.published_rows, check.claim_rows])
+@pytest.mark.parametrize("rows", [check.point_rows, check.published_rows, check.claim_rows, check.scaling_rows])
 def test_readme_shows_what_the_planner_says_today(rows):
+    """After a change to the planner: python -m launch.check prints the README's tables."""
     for row in rows():
         assert row in README
+
+
+def test_readme_counts_hits_and_misses_as_they_are():
+    text = " ".join(README.split())
+    (memory, points), (times, timed), (published, figures) = check.counts()
+    assert f"memory within 5 % at {memory} of {points} points" in text
+    assert f"time within 10 % at {times} of the {timed} points that count" in text
+    assert f"{published} of {figures} within 25 %" in text
 
 
 def test_every_constant_says_what_it_is_and_where_from():
@@ -198,6 +207,29 @@ def test_scaling_reaches_1024_gpus_and_loses_on_the_way():
 def test_search_leaves_out_gpus_without_a_price():
     request = Request(size="nano", model=get_preset("nano"), tokens=1e9, provider="packet.ai", budget=1e6)
     assert {c.setup.gpu.name for c in search(request)} == {"h200", "b200"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        '{"prices": [{"gpu": "h100"}]}',
+        '{"prices": [{"gpu": "h100", "kind": "on-demand", "dollars_per_gpu_hour": -1}]}',
+    ],
+)
+def test_edited_prices_that_are_wrong_are_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "prices.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^.*prices\.json is not a list of prices: [^\n]*$"):
+        prices(path)
+
+
+@pytest.mark.parametrize("n_gpus", [3, 7, 12, 1000])
+def test_any_number_of_gpus_gets_a_plan_that_divides_its_batch(n_gpus):
+    request = request_of("--size", "1.3B", "--gpus", str(n_gpus), "--gpu", "h100", "--tokens", "1T")
+    setup = rank(request, request.gpu, n_gpus)[0][0].setup
+    assert setup.batch_tokens % (n_gpus * setup.micro_batch * 8192) == 0
+    assert setup.batch_tokens >= 1 << 20
 
 
 def test_electricity_of_an_own_machine_is_not_taken_for_a_price():
