@@ -140,6 +140,12 @@ def test_auto_takes_the_planners_micro_batch():
     assert plan.micro_batch * plan.grad_accum * 4 * 8192 == 1 << 20
 
 
+def test_batch_that_no_micro_batch_divides_is_refused_as_such():
+    config = TrainConfig(size="1.3B", data="data", run="runs/x", steps=10, micro_batch="auto", batch_tokens=1_000_000)
+    with pytest.raises(ValueError, match=r"^--batch-tokens 1,000,000 is not a multiple of 32,768 "):
+        make_plan(config, vocab_size=50304, n_tokens=10**10, world_size=4, zero=Zero(), gpu_memory_gib=79.1)
+
+
 def test_micro_batch_is_a_number_or_auto():
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_flags(parser, TrainConfig)

@@ -259,10 +259,12 @@ def largest_micro_batch(model, *, batch_tokens, world_size, zero, recompute, opt
 
     Raises ValueError, in one line, if not even one row fits.
     """
-    per_process = batch_tokens // (world_size * model.seq_len)
+    per_process, rest = divmod(batch_tokens, world_size * model.seq_len)
+    if rest:
+        return 1  # make_plan refuses such a batch, whatever the micro-batch
     best = needed = 0
     for rows in range(1, per_process + 1):
-        if batch_tokens % (world_size * rows * model.seq_len):
+        if per_process % rows:
             continue
         parts = peak_memory(
             model, world_size=world_size, micro_batch=rows, zero=zero, recompute=recompute, optimizer=optimizer
