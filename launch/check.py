@@ -7,13 +7,14 @@ import argparse
 import sys
 from dataclasses import replace
 
-from launch.plan import Request, rank, zero_settings
+from launch.plan import Request, rank, scaling, zero_settings
 from launch.speed import Setup, measured, step_time
 from model.config import ModelConfig, get_preset
 from train.hardware import GPUS
 from train.memory import GIB, peak_memory
 
 MEMORY_WITHIN, TIME_WITHIN, PUBLISHED_WITHIN = 0.05, 0.10, 0.25
+SCALED = (("6.7B", "h100"), ("13B", "a100-80"))
 TOKENS_A_GPU = 32768  # in a step, of published figures: an assumption, as most do not name their batch
 
 
@@ -108,13 +109,42 @@ def claim_rows():
         )
 
 
+def scaling_rows():
+    """Rates a GPU from one node to 1,024 GPUs, of the two SCALED."""
+    pairs = [scaling(Request(size=s, model=get_preset(s), tokens=1e12), GPUS[g]) for s, g in SCALED]
+    pairs = [[row for row in rows if row["gpus"] >= 8] for rows in pairs]
+    heads = " | ".join(f"{s}, {g}: zero2 | zero3 | zero3_hpz | efficiency" for s, g in SCALED)
+    yield f"| GPUs | tokens a step | {heads} |"
+    yield "|---:|---:|" + "---:|---:|---:|---|" * len(SCALED)
+    for together in zip(*pairs, strict=True):
+        cells = []
+        for row, first in zip(together, (rows[0] for rows in pairs), strict=True):
+            rates = row["tokens_per_s_per_gpu"]
+            cells += [f"{rates[f]:,.0f}" if rates[f] else "no" for f in ("zero2", "zero3", "zero3_hpz")]
+            cells.append(f"{row['efficiency'] / first['efficiency']:.0%}, {row['best']}")
+        yield f"| {together[0]['gpus']:,} | {together[0]['batch_tokens']:,} | " + " | ".join(cells) + " |"
+
+
+def counts():
+    """(within, counted) of memory, of time, and of published figures."""
+    points, figures = measured()["points"], [f for f in measured()["published"] if f["use"] == "checks"]
+    memory = [abs(compare(p)[1]) <= MEMORY_WITHIN for p in points]
+    times = [abs(compare(p)[3]) <= TIME_WITHIN for p in points if p["use"] == "checks"]
+    published = [
+        abs(predict_published(f) / f["tokens_per_s_per_gpu"] - 1) <= PUBLISHED_WITHIN for f in figures
+    ]  # fmt: skip
+    return [(sum(hits), len(hits)) for hits in (memory, times, published)]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args(argv)
-    for rows in (point_rows, published_rows, claim_rows):
+    for rows in (point_rows, published_rows, claim_rows, scaling_rows):
         print("\n".join(rows()), end="\n\n")
+    memory, times, published = (f"{within} of {counted}" for within, counted in counts())
+    print(f"within 5 % of the memory: {memory}; 10 % of the time: {times}; 25 % of published rates: {published}")
     return 0
 
 

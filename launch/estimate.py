@@ -13,7 +13,7 @@ from pathlib import Path
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.plan import ZERO_FILES, Request, command, prices, rank, scaling, search, what_would_give, within
+from launch.plan import ZERO_FILES, Request, batch_of, command, prices, rank, scaling, search, what_would_give, within
 from model.config import get_preset
 from train.config import OPTIMIZERS
 from train.hardware import GPUS, get_gpu
@@ -73,6 +73,7 @@ def make_parser():
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: adamw)")
     parser.add_argument("--document-tokens", type=number, default=1024, help="mean length of a document (1024)")
     parser.add_argument("--data", default="data/eight", help="the folder in the launch command (default: data/eight)")
+    parser.add_argument("--all", action="store_true", help="list every micro-batch, not the fastest ones alone")
     parser.add_argument("--scaling", action="store_true", help="also the rate of a GPU for 1 to 1,024 of them")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--plot", metavar="FILE", help="write a page of pictures: memory by part; cost against time")
@@ -143,8 +144,11 @@ def describe(request, choice, data):
     }  # fmt: skip
 
 
-def estimate(request, data="data/eight"):
-    """Everything that is known about a request, as a dict that JSON takes. Raises ValueError for an impossible one."""
+def estimate(request, data="data/eight", every=False):
+    """Everything that is known about a request, as a dict that JSON takes. Raises ValueError for an impossible one.
+
+    every: list every micro-batch, not the fastest of each DeepSpeed file and kind of recomputation alone.
+    """
     model = request.model
     result = {
         "size": request.size, "layer_pattern": model.layer_pattern, "seq_len": model.seq_len,
@@ -153,28 +157,32 @@ def estimate(request, data="data/eight"):
     }  # fmt: skip
     if request.budget is not None or request.days is not None:
         return result | plans(request, data)
+    batch = batch_of(request, request.n_gpus)
+    if request.tokens < batch:
+        raise ValueError(f"--tokens {request.tokens:,.0f} do not fill one step of {batch:,} tokens; give that or more")
     fitting, rest = rank(request, request.gpu, request.n_gpus)
     if fitting:
-        return result | describe(request, fitting[0], data) | {"set_ups": table(fitting, rest)}
+        return result | describe(request, fitting[0], data) | {"set_ups": table(fitting, rest, every)}
     smallest = rest[0]
     return result | describe(request, smallest, data) | {
-        "short_by_gib": smallest.needed / GIB - request.gpu.memory_gib, "set_ups": table(fitting, rest),
+        "short_by_gib": smallest.needed / GIB - request.gpu.memory_gib, "set_ups": table(fitting, rest, every),
         "would_fit": what_would_give(request, request.gpu, request.n_gpus),
     }  # fmt: skip
 
 
-def table(fitting, rest):
-    """The best micro-batch of each DeepSpeed file and kind of recomputation; where none fits, the smallest."""
+def table(fitting, rest, every):
+    """The best micro-batch of each DeepSpeed file and kind of recomputation (where none fits, the least), or all."""
     rows = {}
     for choice in fitting + rest:
-        rows.setdefault((choice.zero_file, choice.setup.recompute), choice)
+        rows.setdefault((choice.zero_file, choice.setup.recompute, choice.setup.micro_batch if every else 0), choice)
     return [
         {
             "ds_config": f"ds_configs/{name}.json", "recompute": recompute, "micro_batch": c.setup.micro_batch,
             "memory_gib_per_gpu": sum(c.parts.values()) / GIB, "memory_gib_needed": c.needed / GIB, "fits": c.fits,
             "tokens_per_s": c.tokens_per_s, "days": c.days, "dollars": c.dollars,
+            "memory_gib_by_part": {part: size / GIB for part, size in c.parts.items() if size},
         }
-        for (name, recompute), c in rows.items()
+        for (name, recompute, _), c in rows.items()
     ]  # fmt: skip
 
 
@@ -327,7 +335,7 @@ def main(argv=None):
     flags = make_parser().parse_args(argv)
     try:
         request = make_request(flags)
-        result = estimate(request, flags.data)
+        result = estimate(request, flags.data, flags.all)
         if flags.scaling:
             result["scaling"] = scaling(request, GPUS[result["gpu"]])
         if flags.plot:

@@ -20,6 +20,7 @@ PRICES = Path(__file__).with_name("prices.json")
 ZERO_FILES = ("zero2", "zero1", "zero3", "zero3_hpz", "zero2_offload")  # the fastest first, where times are equal
 SCALING_FILES = ("zero1", "zero2", "zero3", "zero3_hpz")
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+KINDS = ("on-demand", "spot", "own")
 MOST_ROWS = 64  # of a micro-batch
 HOURS_A_DAY = 24
 LARGEST_BATCH = 2  # times the size's: above, more GPUs need more tokens for the same loss (arXiv:1812.06162)
@@ -92,16 +93,28 @@ def zero_settings(name):
 
 
 @cache
-def prices():
-    return json.loads(PRICES.read_text())["prices"]
+def prices(path=PRICES):
+    """[{"provider", "gpu", "kind", "dollars_per_gpu_hour", "date", "source"}]. Raises ValueError, in one line."""
+    try:
+        found = json.loads(Path(path).read_text())["prices"]
+        for price in found:
+            if not price["dollars_per_gpu_hour"] > 0 or price["gpu"] not in GPUS or price["kind"] not in KINDS:
+                raise ValueError(
+                    f"{json.dumps(price)} needs a price above 0, a GPU of train/gpus.json and a kind of {KINDS}"
+                )
+            price["provider"], price["date"], price["source"]  # noqa: B018 - they must be there
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a list of prices: {error!r}") from None
+    return found
 
 
 def price_of(gpu, *, spot=False, provider=None):
-    """The lowest price of a GPU: on demand, unless spot. None where there is none."""
-    kind = "spot" if spot else "on-demand"
-    found = [p for p in prices() if p["gpu"] == gpu.name and p["kind"] == kind]
+    """The lowest price of a GPU: on demand, or spot; where nobody lets it, an own machine's electricity; else None."""
+    found = [p for p in prices() if p["gpu"] == gpu.name]
     found = [p for p in found if provider is None or p["provider"].lower() == provider.lower()]
-    return min(found, key=lambda p: p["dollars_per_gpu_hour"], default=None)
+    let = [p for p in found if p["kind"] == ("spot" if spot else "on-demand")]
+    own = [p for p in found if p["kind"] == "own"]
+    return min(let or own, key=lambda p: p["dollars_per_gpu_hour"], default=None)
 
 
 def batch_of(request, n_gpus):
@@ -118,11 +131,10 @@ def choices(request, gpu, n_gpus):
     batch = batch_of(request, n_gpus)
     for zero_file in [request.zero_file] if request.zero_file else ZERO_FILES:
         zero = zero_settings(zero_file)
-        if zero.hpz > 1:
-            zero = replace(zero, hpz=gpu.gpus_per_node)
-        if (zero.hpz > 1 and not request.zero_file and n_gpus <= zero.hpz) or (zero.offload and n_gpus > 8):
-            continue
-        if zero.offload and request.optimizer == "adamw8bit":
+        reason = why_not(request, zero_file, zero, gpu, n_gpus)
+        if reason and request.zero_file:
+            raise ValueError(f"--ds-config {zero_file}: {reason}")
+        if reason:
             continue
         for recompute in [request.recompute] if request.recompute else ("none", "layer"):
             for rows in [request.micro_batch] if request.micro_batch else range(1, MOST_ROWS + 1):
@@ -144,6 +156,20 @@ def choices(request, gpu, n_gpus):
                 yield choice
                 if not choice.fits:
                     break  # more rows need more
+
+
+def why_not(request, zero_file, zero, gpu, n_gpus):
+    """Why a file of ds_configs/ is not for these GPUs, in one line; None if it is."""
+    if zero.hpz > 1 and (n_gpus <= zero.hpz or n_gpus % zero.hpz or gpu.gpus_per_node != zero.hpz):
+        return (
+            f"its groups of {zero.hpz} are for several whole nodes of {zero.hpz} GPUs, not for {n_gpus} {gpu.name} in "
+            f"nodes of {gpu.gpus_per_node}"
+        )
+    if zero.offload and request.optimizer == "adamw8bit":
+        return "the optimizer steps on the CPU, and adamw8bit on the GPU alone"
+    if zero.offload and n_gpus > gpu.gpus_per_node and not request.zero_file:
+        return "several nodes have room without offloading"
+    return None
 
 
 def rank(request, gpu, n_gpus):
@@ -170,15 +196,16 @@ def search(request):
     most = LARGEST_BATCH * SIZE_DEFAULTS[request.size]["batch_tokens"]
     found = []
     for gpu in [request.gpu] if request.gpu else GPUS.values():
-        if not request.gpu and price_of(gpu, spot=request.spot, provider=request.provider) is None:
+        price = price_of(gpu, spot=request.spot, provider=request.provider)
+        if not request.gpu and (price is None or price["kind"] == "own"):
             continue
         for n_gpus in counts:
             if n_gpus > gpu.gpus_per_node and gpu.network_gb_s < 1:
                 continue  # consumer cards have no network to speak of
             if not request.n_gpus and batch_of(request, n_gpus) > most:
                 continue
-            fitting, _ = rank(request, gpu, n_gpus)
-            found += fitting[:1]
+            if batch_of(request, n_gpus) <= request.tokens:
+                found += rank(request, gpu, n_gpus)[0][:1]
     return sorted(found, key=lambda c: (c.dollars is None, c.dollars or c.days))
 
 
@@ -202,7 +229,8 @@ def scaling(request, gpu):
         rates = {}
         for zero_file in SCALING_FILES:
             one = replace(request, zero_file=zero_file, n_gpus=n_gpus)
-            fitting, _ = rank(one, gpu, n_gpus) if n_gpus > gpu.gpus_per_node or zero_file != "zero3_hpz" else ([], [])
+            reason = why_not(one, zero_file, zero_settings(zero_file), gpu, n_gpus)
+            fitting, _ = ([], []) if reason else rank(one, gpu, n_gpus)
             rates[zero_file] = fitting[0].tokens_per_s / n_gpus if fitting else None
         known = {name: rate for name, rate in rates.items() if rate}
         best = max(known, key=lambda name: known[name]) if known else None
@@ -235,7 +263,7 @@ def what_would_give(request, gpu, n_gpus):
         if all(getattr(request, name) == value for name, value in changes.items()):
             continue
         relaxed = replace(request, **({"batch_tokens": None} | changes))
-        fitting, rest = rank(relaxed, gpu, n_gpus)
+        fitting, _ = rank(relaxed, gpu, n_gpus)
         if fitting:
             best = fitting[0]
             size = f"{best.needed / GIB:.1f} of {room:.1f} GiB, {best.tokens_per_s:,.0f} tokens/s"

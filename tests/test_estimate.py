@@ -70,6 +70,15 @@ def test_unknown_size_gets_one_line_and_exit_code_2(capsys):
         (["--budget", "0"], "argument --budget: "),
         (["--provider", "nobody"], "unknown provider 'nobody'; launch/prices.json has "),
         (["--batch-tokens", "1000"], "--batch-tokens 1,000 is not a multiple of 65,536 (8 GPUs x 1 "),
+        (["--tokens", "5"], "--tokens 5 do not fill one step of 1,048,576 tokens; "),
+        (
+            ["--ds-config", "zero3_hpz", "--gpus", "12"],
+            "--ds-config zero3_hpz: its groups of 8 are for several whole ",
+        ),
+        (
+            ["--ds-config", "zero2_offload", "--optimizer", "adamw8bit"],
+            "--ds-config zero2_offload: the optimizer steps ",
+        ),
         (["--layer-pattern", "MAX"], "layer pattern 'MAX' is not a string of M "),
         (["--plot", "x.png"], "--plot x.png: the pictures are a page; "),
         (["--ds-config", "zero9"], "argument --ds-config: "),

@@ -1,5 +1,6 @@
 """The count of a GPU's memory: against what autograd keeps, what ZeRO splits, and what an H200 held."""
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from launch.speed import measured
 from model import reference
 from model.config import get_preset
 from model.layers import RMSNorm, SwiGLU
-from train.config import TrainConfig, make_plan
+from train.config import TrainConfig, add_flags, make_plan
 from train.memory import GIB, Zero, largest_micro_batch, memory_needed, peak_memory, saved_by_mlp, zero_of
 
 SMALL = {"nano", "100M"}  # a tenth of a GiB more than counted, which is much of so little
@@ -137,6 +138,24 @@ def test_auto_takes_the_planners_micro_batch():
         memory_gib=79.1,
     )  # fmt: skip
     assert plan.micro_batch * plan.grad_accum * 4 * 8192 == 1 << 20
+
+
+def test_batch_that_no_micro_batch_divides_is_refused_as_such():
+    config = TrainConfig(size="1.3B", data="data", run="runs/x", steps=10, micro_batch="auto", batch_tokens=1_000_000)
+    with pytest.raises(ValueError, match=r"^--batch-tokens 1,000,000 is not a multiple of 32,768 "):
+        make_plan(config, vocab_size=50304, n_tokens=10**10, world_size=4, zero=Zero(), gpu_memory_gib=79.1)
+
+
+def test_micro_batch_is_a_number_or_auto():
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_flags(parser, TrainConfig)
+
+    def parse(text):
+        return parser.parse_args(["--data", "x", "--micro-batch", text]).micro_batch
+
+    assert (parse("auto"), parse("4")) == ("auto", 4)
+    with pytest.raises(argparse.ArgumentError, match="invalid int value: 'four'"):
+        parse("four")
 
 
 def test_auto_without_a_gpu_is_refused_in_one_line():

@@ -55,10 +55,19 @@ def test_published_figures_are_within_a_quarter_but_for_those_named():
     assert misses == PUBLISHED_MISSES
 
 
-@pytest.mark.parametrize("rows", [check.point_rows, check.published_rows, check.claim_rows])
+@pytest.mark.parametrize("rows", [check.point_rows, check.published_rows, check.claim_rows, check.scaling_rows])
 def test_readme_shows_what_the_planner_says_today(rows):
+    """After a change to the planner: python -m launch.check prints the README's tables."""
     for row in rows():
         assert row in README
+
+
+def test_readme_counts_hits_and_misses_as_they_are():
+    text = " ".join(README.split())
+    (memory, points), (times, timed), (published, figures) = check.counts()
+    assert f"memory within 5 % at {memory} of {points} points" in text
+    assert f"time within 10 % at {times} of the {timed} points that count" in text
+    assert f"{published} of {figures} within 25 %" in text
 
 
 def test_every_constant_says_what_it_is_and_where_from():
@@ -69,7 +78,7 @@ def test_every_constant_says_what_it_is_and_where_from():
 
 def test_every_price_has_a_gpu_a_date_and_a_source():
     for price in prices():
-        assert price["gpu"] in GPUS and price["kind"] in ("spot", "on-demand")
+        assert price["gpu"] in GPUS and price["kind"] in ("spot", "on-demand", "own")
         assert price["dollars_per_gpu_hour"] > 0 and price["date"] and price["source"]
     assert price_of(GPUS["h100"], spot=True)["dollars_per_gpu_hour"] < price_of(GPUS["h100"])["dollars_per_gpu_hour"]
 
@@ -138,6 +147,17 @@ def test_activations_that_no_number_of_gpus_would_share_are_named():
     assert any(line.startswith("more GPUs: not even on 1,024") for line in result["would_fit"])
 
 
+def test_every_micro_batch_can_be_listed_with_its_memory():
+    request = request_of("--size", "1.3B", "--gpus", "8", "--gpu", "h200")
+    few, many = estimate(request)["set_ups"], estimate(request, every=True)["set_ups"]
+    rows = [r for r in many if (r["ds_config"], r["recompute"]) == ("ds_configs/zero2.json", "none")]
+    assert [r["micro_batch"] for r in sorted(rows, key=lambda r: r["memory_gib_per_gpu"])] == [1, 2, 4, 8]
+    assert [r["fits"] for r in sorted(rows, key=lambda r: r["memory_gib_per_gpu"])] == [True, True, True, False]
+    assert len(few) < len(many)
+    for row in rows:
+        assert sum(row["memory_gib_by_part"].values()) == pytest.approx(row["memory_gib_per_gpu"])
+
+
 def test_what_fits_has_room_for_the_allocator():
     result = estimate(request_of("--size", "1.3B", "--gpus", "8", "--gpu", "a100-40"))
     assert result["fits"]
@@ -187,6 +207,36 @@ def test_scaling_reaches_1024_gpus_and_loses_on_the_way():
 def test_search_leaves_out_gpus_without_a_price():
     request = Request(size="nano", model=get_preset("nano"), tokens=1e9, provider="packet.ai", budget=1e6)
     assert {c.setup.gpu.name for c in search(request)} == {"h200", "b200"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        '{"prices": [{"gpu": "h100"}]}',
+        '{"prices": [{"gpu": "h100", "kind": "on-demand", "dollars_per_gpu_hour": -1}]}',
+    ],
+)
+def test_edited_prices_that_are_wrong_are_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "prices.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^.*prices\.json is not a list of prices: [^\n]*$"):
+        prices(path)
+
+
+@pytest.mark.parametrize("n_gpus", [3, 7, 12, 1000])
+def test_any_number_of_gpus_gets_a_plan_that_divides_its_batch(n_gpus):
+    request = request_of("--size", "1.3B", "--gpus", str(n_gpus), "--gpu", "h100", "--tokens", "1T")
+    setup = rank(request, request.gpu, n_gpus)[0][0].setup
+    assert setup.batch_tokens % (n_gpus * setup.micro_batch * 8192) == 0
+    assert setup.batch_tokens >= 1 << 20
+
+
+def test_electricity_of_an_own_machine_is_not_taken_for_a_price():
+    assert price_of(GPUS["rtx4090"])["provider"] == "RunPod"
+    assert price_of(GPUS["rtx4060"])["kind"] == "own"
+    found = search(Request(size="nano", model=get_preset("nano"), tokens=1e9, budget=1e6))
+    assert "rtx4060" not in {c.setup.gpu.name for c in found}
 
 
 def test_page_of_pictures_needs_no_network(tmp_path, capsys):

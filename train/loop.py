@@ -55,7 +55,7 @@ def train(config, origins=None, explain_for=None):
     data = open_training_data(config, rank, world_size, verify=config.verify_data and not explain_for)
     plan = make_plan(
         config, vocab_size=data.vocab_size, n_tokens=data.n_tokens, world_size=world_size,
-        zero=zero_of(ds_settings), gpu_memory_gib=gpu_memory_gib(config),
+        zero=zero_of(ds_settings) if config.micro_batch == "auto" else None, gpu_memory_gib=gpu_memory_gib(config),
     )  # fmt: skip
     data_lines = data.check(plan)
     ds_config = complete_ds_config(ds_settings, plan, config, world_size)

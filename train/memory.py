@@ -1,11 +1,11 @@
 """What a training step holds on a GPU, worked out from the code that will run. Needs no torch.
 
-parts = peak_memory(model, world_size=8, micro_batch=2, stage=2)     # {part: bytes} at the fullest moment of a step
-largest_micro_batch(...)                                             # what `--micro-batch auto` takes
+parts = peak_memory(model, world_size=8, micro_batch=2, zero=Zero(stage=2))  # {part: bytes} at a step's fullest moment
+rows = largest_micro_batch(...)                                              # what `--micro-batch auto` takes
 
-The numbers are those of torch.cuda.max_memory_allocated(): model/*.py with the fused kernels, as PyTorch's autograd
-keeps their inputs, in DeepSpeed 0.19.8 with the files of ds_configs/. Every term says which line makes it. P is the
-number of parameters, T the tokens of a micro-batch, N the processes.
+The numbers are those of torch.cuda.max_memory_allocated(): what PyTorch's autograd keeps of model/*.py with the fused
+kernels, and what DeepSpeed 0.19.8 holds with the files of ds_configs/. ZeRO's shares are those of arXiv:1910.02054,
+section 3, with float32 gradients; the rest is read from the code, and no constant is fitted to a measured step.
 """
 
 from dataclasses import dataclass
@@ -172,12 +172,15 @@ def walk(model, *, world_size, micro_batch, zero, recompute, optimizer, packed):
     largest = max(layer_parameters(model, kind, "mixer") for kind in mixers) + layer_parameters(model, "", "mlp")
     if zero and zero.stage == 3 and world_size > 1:
         gathered = 2 * min(model.n_parameters, zero.max_live + largest)
+    if zero and zero.stage == 3:
+        kept["buckets"] = bucket_bytes(zero)  # made once; stages 1 and 2 make theirs for each backward pass
     # The loss: the last norm's input and output, the gradient of its output; the head's gradient in float32 and, a
     # chunk at a time, in bfloat16; a chunk of logits (model/fused.py, CrossEntropy)
     loss = (4 + element) * v * d + element * min(tokens, CHUNK_TOKENS) * v + 3 * stream
     yield kept | gradients | {"activations": first + sum(held), "logits and loss": loss, "gathered weights": gathered}
 
-    elements, growing = v * d, element * v * d  # in the bucket; gradients held whole (without DeepSpeed)
+    elements = 0 if model.tied_embeddings else v * d  # in the bucket
+    growing = element * v * d  # gradients held whole, without DeepSpeed
     for i in reversed(range(model.n_layers)):
         kind = model.layer_pattern[i]
         passes = [("mixer", mixers[kind], mixer_workspace(model, kind, element) * tokens)]
@@ -197,7 +200,7 @@ def walk(model, *, world_size, micro_batch, zero, recompute, optimizer, packed):
                 # the part's own activations and workspace are gone when its last gradient is there
                 done = kept | gradients
                 done["activations"] = first + sum(held[:i]) + (mixers[kind] if part == "mlp" else 0)
-                done["workspace"] += 2 * stream
+                done["workspace"] += 2 * stream + element * n  # its gradients, until they are in the bucket
                 done["gathered weights"] = gathered
                 full, elements = divmod(elements + n, zero.bucket)
                 done["buckets"] = bucket_bytes(zero) + (sum_bytes(zero, zero.bucket) if full else 0)
@@ -256,10 +259,12 @@ def largest_micro_batch(model, *, batch_tokens, world_size, zero, recompute, opt
 
     Raises ValueError, in one line, if not even one row fits.
     """
-    per_process = batch_tokens // (world_size * model.seq_len)
+    per_process, rest = divmod(batch_tokens, world_size * model.seq_len)
+    if rest:
+        return 1  # make_plan refuses such a batch, whatever the micro-batch
     best = needed = 0
     for rows in range(1, per_process + 1):
-        if batch_tokens % (world_size * rows * model.seq_len):
+        if per_process % rows:
             continue
         parts = peak_memory(
             model, world_size=world_size, micro_batch=rows, zero=zero, recompute=recompute, optimizer=optimizer
