@@ -32,18 +32,6 @@ def share(values):
     return {"value": float(value), "stderr": stderr, "interval": wilson(value, n)}
 
 
-def share_by_group(values, groups):
-    """The mean over groups of each group's share, with the error of a stratified sample: MMLU's older way to count."""
-    parts = {}
-    for value, group in zip(values, groups, strict=True):
-        parts.setdefault(group, []).append(value)
-    means = [np.mean(part) for part in parts.values()]
-    # a group of one item tells nothing of its spread: it counts as a coin's, the widest there is
-    variances = [np.var(part, ddof=1) / len(part) if len(part) > 1 else 0.25 for part in parts.values()]
-    value, stderr = float(np.mean(means)), float(np.sqrt(sum(variances)) / len(parts))
-    return {"value": value, "stderr": stderr, "interval": [value - Z95 * stderr, value + Z95 * stderr]}
-
-
 def ratio(numerators, denominators):
     """sum / sum, its standard error over items by linearisation (survey sampling's ratio estimator), 95 % interval."""
     a, b = np.asarray(numerators, float), np.asarray(denominators, float)
@@ -103,3 +91,12 @@ def paired_bootstrap(a, b, seed=0):
         return [float(gaps[0])] * 2
     result = bootstrap((gaps,), np.mean, n_resamples=RESAMPLES, rng=np.random.default_rng(seed), batch=64)
     return [float(end) for end in result.confidence_interval]
+
+
+def holm(p_values):
+    """Holm's adjusted p values: in twenty runs of many tests, one has a test that is below 0.05 by luck alone."""
+    order = np.argsort(p_values)
+    raised = np.maximum.accumulate(np.asarray(p_values)[order] * (len(order) - np.arange(len(order))))
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(raised, 1.0)
+    return adjusted.tolist()

@@ -27,12 +27,12 @@ from rich.table import Table
 from curation.shards import file_sha256, manifest_sha256, read_manifest, verify_files
 from curation.tokenizer import load_tokenizer
 from eval.harness import TASKS, HarnessLM, build_tasks, task_name
+from eval.intervals import perplexity, ratio, share
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
 from model.weights import load_checkpoint
 from train.run_dir import write_json
 
 FORMAT = 1
-Z95 = 1.96  # standard errors on each side of a 95 % interval
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -134,40 +134,7 @@ def run_lm_eval(lm, documents):
         return evaluate(lm, build_tasks(documents), bootstrap_iters=0, log_samples=True)["samples"]
 
 
-# ---- statistics
-
-
-def share(values):
-    """The mean of values between 0 and 1, its standard error (lm-eval's mean_stderr) and 95 % interval (Wilson's).
-
-    Wilson's interval stays between 0 and 1 and is not empty where all the values are alike. One value has neither.
-    """
-    values = np.asarray(values, float)
-    n, value = len(values), values.mean()
-    if n == 1:
-        return {"value": float(value), "stderr": None, "interval": None}
-    middle, reach = value + Z95**2 / (2 * n), Z95 * np.sqrt(value * (1 - value) / n + (Z95 / (2 * n)) ** 2)
-    interval = [float((middle + sign * reach) / (1 + Z95**2 / n)) for sign in (-1, 1)]
-    return {"value": float(value), "stderr": float(values.std(ddof=1) / np.sqrt(n)), "interval": interval}
-
-
-def ratio(numerators, denominators):
-    """sum / sum, its standard error over items by linearisation (survey sampling's ratio estimator), 95 % interval."""
-    a, b = np.asarray(numerators, float), np.asarray(denominators, float)
-    n, value = len(a), float(a.sum() / b.sum())
-    if n == 1:
-        return {"value": value, "stderr": None, "interval": None}
-    stderr = float(np.sqrt(np.square(a - value * b).sum() * n / (n - 1)) / b.sum())
-    return {"value": value, "stderr": stderr, "interval": [value - Z95 * stderr, value + Z95 * stderr]}
-
-
-def perplexity(nats):
-    """exp of the mean loss; its standard error by the delta method, its 95 % interval from that of the mean."""
-    loss = ratio(-np.asarray(nats, float), np.ones(len(nats)))
-    value = float(np.exp(loss["value"]))
-    if loss["stderr"] is None:
-        return {"value": value, "stderr": None, "interval": None}
-    return {"value": value, "stderr": value * loss["stderr"], "interval": np.exp(loss["interval"]).tolist()}
+# ---- own tasks
 
 
 def score_heldout(documents, samples, tokenizer):
