@@ -16,7 +16,7 @@ FORMAT = 1
 SYNC_S = 5.0  # what a power cut may cost
 
 
-def answers_folder(out, model, device):
+def answers_folder(out, model, device, rank=0):
     """out/answers/<key> for an OwnModel or HFModel on this kind of device; model.json in it says what it is of."""
     identity = {
         "format": FORMAT, "sha256": model.sha256, "kind": model.kind, "dtype": model.dtype,
@@ -24,8 +24,8 @@ def answers_folder(out, model, device):
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(out) / "answers" / key
-    if not (folder / "model.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
         write_json(folder / "model.json", {**identity, "name": model.name})
     return folder
 

@@ -102,7 +102,7 @@ class Scorer:
     def __init__(self, model, *, batch_size=64, max_positions=MAX_POSITIONS, answers=None):
         self.model, self.batch_size, self.max_positions, self.answers = model, batch_size, max_positions, answers
         self.forward_tokens = self.forward_tokens_hf = self.n_truncated = 0
-        self._encoded = {}
+        self._encoded, self._pairs = {}, {}  # of the requests at hand: a context comes with many continuations
         self._trunk = []  # (node, state behind it): where the last job went on from
 
     # ---- requests
@@ -113,9 +113,11 @@ class Scorer:
         extra: the last so many requests are not lm-eval's own, so its model would not read them.
         """
         pieces = [self.cut(*self.encode_pair(*request), request[1]) for request in requests]
+        self._encoded, self._pairs = {}, {}
         theirs = {tuple(inputs) for inputs, _ in pieces[: len(pieces) - extra]}
         self.forward_tokens_hf += sum(map(len, theirs))
-        return [Answer(*score, len(targets)) for score, (_, targets) in zip(self.score(pieces, what), pieces, strict=True)]
+        scores = self.score(pieces, what)
+        return [Answer(*score, len(targets)) for score, (_, targets) in zip(scores, pieces, strict=True)]
 
     def encode_pair(self, context, continuation):
         """(context ids, continuation ids) by lm-eval's rule: spaces at the end of the context go to the continuation.
@@ -126,14 +128,14 @@ class Scorer:
             ids = self.model.encode_plain(continuation)
             prefix = [self.model.prefix_id]
             return (prefix, ids) if ids[:1] != prefix else (ids[:1], ids[1:])
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        if stripped not in self._encoded:
-            if len(self._encoded) > 1 << 16:
-                self._encoded.clear()
-            self._encoded[stripped] = self.model.encode(stripped)
-        ids = self._encoded[stripped]
-        return ids, self.model.encode(stripped + continuation)[len(ids) :]
+        if (context, continuation) not in self._pairs:
+            stripped = context.rstrip()
+            if stripped not in self._encoded:
+                self._encoded[stripped] = self.model.encode(stripped)
+            ids = self._encoded[stripped]
+            whole = self.model.encode(context + continuation)
+            self._pairs[context, continuation] = ids, whole[len(ids) :]
+        return self._pairs[context, continuation]
 
     def fits(self, context, continuation):
         context_ids, target_ids = self.encode_pair(context, continuation)
