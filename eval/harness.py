@@ -15,16 +15,17 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from unittest.mock import patch
 
 import datasets
+import lm_eval.utils
 import numpy as np
 import torch
 import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import apply_template
 from tqdm import tqdm
 
 from curation.shards import new_file
@@ -252,7 +253,9 @@ def run_task(name, scorer, data, limit):
         items = written_items(name, data, limit)
         texts = scorer.generate_until([item.requests[0] for item in items])
         return [sample_of(name, item, [], [], text) for item, text in zip(items, texts, strict=True)]
-    items = list(asked_items(name, scorer, data, limit))
+    # lm-eval compiles a template each time that it fills it in, which would be 80 % of the time before the model runs
+    with patch.object(lm_eval.utils.env, "from_string", lru_cache(lm_eval.utils.env.from_string)):
+        items = list(asked_items(name, scorer, data, limit))
     asked = [request for item in items for request in item.requests]
     beside = [request for item in items for request in item.unconditional]
     answers = iter(scorer.loglikelihoods(asked + beside, name, extra=len(beside)))
@@ -291,8 +294,8 @@ def written_items(name, data, limit):
     return [
         Item(
             group=None, doc_id=doc_id, doc=doc, shots=0, dropped_shots=0, choices=None,
-            requests=[(apply_template(definition["doc_to_text"], doc), definition["generation_kwargs"])],
-            gold=apply_template(definition["doc_to_target"], doc),
+            requests=[(lm_eval.utils.apply_template(definition["doc_to_text"], doc), definition["generation_kwargs"])],
+            gold=lm_eval.utils.apply_template(definition["doc_to_target"], doc),
         )
         for doc_id, doc in enumerate(rows[:limit])
     ]  # fmt: skip

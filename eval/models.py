@@ -13,7 +13,9 @@ take(state, rows) -> state of these rows. write(prompts, n_tokens, until) -> [id
 
 import copy
 import hashlib
+import re
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from lm_eval.models.utils import resolve_max_length
 from torch import nn
 
+from curation.merges import CUT
 from curation.shards import file_sha256
 from curation.tokenizer import load_tokenizer
 from model.config import PRESETS
@@ -28,6 +31,7 @@ from model.generate import prefill
 from model.weights import MANIFEST, load_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PARAGRAPH = re.compile(rf"(?:{CUT.pattern})(?=\n\n)")
 SAME = 1e-3  # of the largest log-probability's size: a cache that continues wrongly is off by far more
 
 
@@ -75,16 +79,23 @@ class OwnModel:
         self.model = model.to(DTYPES[dtype])
         self.seq_len, self.vocab_size = model.config.seq_len, model.config.vocab_size
         self.prefix_id = tokenizer.separator_id
+        self.encode_paragraph = lru_cache(maxsize=1024)(tokenizer.encode)
 
     @property
     def device(self):
         return self.head.device
 
     def encode(self, text):
-        return [self.prefix_id, *self.tokenizer.encode(text)]
+        return [self.prefix_id, *self.encode_plain(text)]
 
     def encode_plain(self, text):
-        return self.tokenizer.encode(text)
+        if self.tokenizer.engine != "tiktoken":  # another library's tokens may reach over a cut
+            return self.tokenizer.encode(text)
+        ids, start = [], 0
+        for cut in PARAGRAPH.finditer(text):  # a few-shot prompt's examples come with hundreds of questions
+            ids += self.encode_paragraph(text[start : cut.end()])
+            start = cut.end()
+        return ids + self.tokenizer.encode(text[start:])
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)
