@@ -6,13 +6,12 @@ is comparable with; everything else is shown as not comparable, with the reason.
 """
 
 import json
-from itertools import islice
 from math import log
 from pathlib import Path
 
 import numpy as np
 
-from eval.intervals import AHEAD, BEHIND, LEVEL, NOT_COMPARABLE, difference, share, verdict_of, wilson
+from eval.intervals import AHEAD, BEHIND, LEVEL, NOT_COMPARABLE, difference, share, verdict_of
 
 BASELINES = json.loads((Path(__file__).parent / "baselines.json").read_text(encoding="utf-8"))
 FAMILIES = ("GPT-3", "OPT", "Pythia", "Mamba-2 hybrid")  # the columns
@@ -45,12 +44,12 @@ def sample_files(folder):
 
 
 def score_items(items):
-    """{"n", "shots", "dropped_shots", "chance", "tie_rate", "metrics": {name: share}} of one task's items."""
-    names = [name for name in items[0]["metrics"] if all(item["metrics"].get(name) is not None for item in items)]
+    """{"n", "shots", "items_with_dropped_shots", "chance", "tie_rate", "metrics": {name: share}} of a task's items."""
+    names = [name for name in items[0]["metrics"] if name != "tie"]
     return {
         "n": len(items),
-        "shots": max(item["shots"] or 0 for item in items),
-        "dropped_shots": sum(item["dropped_shots"] or 0 for item in items),
+        "shots": max(item["shots"] + item["dropped_shots"] for item in items),
+        "items_with_dropped_shots": sum(item["dropped_shots"] > 0 for item in items),
         "chance": float(np.mean([1 / len(item["choices"]) if item["choices"] else 0.0 for item in items])),
         "tie_rate": {name: rate for name in names if (rate := tie_rate(items, name)) is not None},
         "metrics": {name: share([item["metrics"][name] for item in items]) for name in names},
@@ -131,8 +130,18 @@ def compare(task, ours, family, parameters):
     return {**cell, "verdict": verdict_of(interval), "why": ""}
 
 
-def make_row(task, items, parameters):
-    """The scoreboard's row of one task: what score_items says, its headline metric, and a cell for each family."""
+def score_clean(items, unclean):
+    """The scores of the items whose (group, doc_id) is not in `unclean`, and how many those are."""
+    clean = [item for item in items if (item["group"], item["doc_id"]) not in unclean]
+    scores = score_items(clean) if clean else {"n": 0, "metrics": {}}
+    return {"n": scores["n"], "left_out": len(items) - len(clean), "metrics": scores["metrics"]}
+
+
+def make_row(task, items, parameters, unclean=None):
+    """The scoreboard's row of one task: what score_items says, its headline metric, and a cell for each family.
+
+    unclean: {(group, doc_id)} of the items that the training text holds; None: nobody has looked.
+    """
     ours = score_items(items)
     about = BASELINES["tasks"].get(task)
     metric = about["metric"] if about and about["metric"] in ours["metrics"] else next(iter(ours["metrics"]))
@@ -142,17 +151,35 @@ def make_row(task, items, parameters):
         "metric": metric,
         **ours,
         "partial": bool(about) and ours["n"] < about["items"],
+        "groups": score_groups(items, metric),
+        "clean": None if unclean is None else score_clean(items, unclean),
         "columns": {family: compare(task, ours, family, parameters) for family in FAMILIES} if about else {},
     }
 
 
-def make_board(result, folder):
-    """The scoreboard of what run_tasks returned and wrote samples of into `folder`."""
+def score_groups(items, metric):
+    """{group: share} of the metric, for a task that has groups: MMLU's subjects."""
+    groups = {}
+    for item in items:
+        if item["group"]:
+            groups.setdefault(item["group"], []).append(item["metrics"][metric])
+    return {group: {"n": len(values), **share(values)} for group, values in sorted(groups.items())}
+
+
+def make_board(result, folder, unclean=None):
+    """The scoreboard of what run_tasks returned and wrote samples of into `folder`.
+
+    unclean: {task: {(group, doc_id)}} where the training text has been searched for the items.
+    """
     parameters = result["model"]["parameters"]
     files = sample_files(folder)
     if missing := [task for task in result["tasks"] if task not in files]:
         raise FileNotFoundError(f"{folder} has no samples of {', '.join(missing)}; score the model again")
-    rows = [make_row(task, read_samples(files[task]), parameters) for task in files if task in result["tasks"]]
+    rows = [
+        make_row(task, read_samples(files[task]), parameters, None if unclean is None else unclean.get(task, set()))
+        for task in files
+        if task in result["tasks"]
+    ]
     return {
         "model": result["model"],
         "peers": {
@@ -182,14 +209,3 @@ def headline(board, family="GPT-3"):
         f"Against {peer['model']}: ahead on {counts[AHEAD]} of {judged} comparable tasks, level on {counts[LEVEL]}, "
         f"behind on {counts[BEHIND]}; {counts[NOT_COMPARABLE]} not comparable."
     )
-
-
-def published_interval(cell, task):
-    """Wilson's interval of a published share, from the number of items that the task has."""
-    return wilson(cell["value"], BASELINES["tasks"][task]["items"])
-
-
-def first_samples(path, n):
-    """The first n items of a samples file, without reading the rest."""
-    with Path(path).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in islice(lines, n)]

@@ -41,6 +41,8 @@ from curation.decontaminate import (
 from curation.dedup import mixed
 from curation.shards import manifest_sha256, open_shard, read_manifest
 from curation.tokenizer import load_tokenizer
+from eval.task_data import BENCHMARKS as TASK_FILES
+from eval.task_data import check_names, definitions, file_name, subject
 from train.run_dir import write_json
 
 FORMAT = 1
@@ -57,6 +59,21 @@ class Question:
     group: str | None
     doc_id: int
     item: object  # curation.decontaminate.Item
+
+
+def benchmark_files(folder, tasks=None):
+    """{(task, group): path} of the items that are scored, in a folder as `make eval-data` makes it."""
+    files = {}
+    for task in check_names(tasks):
+        split = TASK_FILES[task]["splits"][-1]
+        for definition in definitions(task):
+            path = Path(folder) / file_name(task, definition, split)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{task} needs {path}, which is not there; `make eval-data` makes such a folder"
+                )
+            files[task, subject(task, definition)] = path
+    return files
 
 
 def read_questions(files):
@@ -121,7 +138,7 @@ class RunTable:
 
 
 def make_table(items):
-    """The RunTable of the items: runs of WORDS words, or the longest sequence of an item whose sequences are shorter."""
+    """The RunTable of the items: runs of WORDS words, or of as many as an item of fewer has."""
     chosen = []
     for item in items:
         by_length = [run_hashes(words) for words in word_sequences(item)]

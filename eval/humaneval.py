@@ -25,15 +25,26 @@ def program(problem, completion):
 
 
 def run_completions(problems, completions, *, seconds=SECONDS, processes=None):
-    """[Outcome] of each problem's completion, `processes` (default: one a core) at a time.
+    """[Outcome] of each problem's completion; problems: HumanEval's rows (prompt, test, entry_point)."""
+    return run_programs([program(*pair) for pair in zip(problems, completions, strict=True)], seconds, processes)
 
-    problems: HumanEval's rows (prompt, test, entry_point). Raises SandboxError before anything is run where this
-    machine has no sandbox.
+
+def run_programs(programs, seconds, processes=None):
+    """[Outcome] of each program, `processes` (default: one a core) at a time.
+
+    Raises SandboxError before anything is run where this machine has no sandbox.
     """
     check_sandbox()
-    programs = [program(problem, text) for problem, text in zip(problems, completions, strict=True)]
     with ThreadPoolExecutor(processes or len(os.sched_getaffinity(0))) as pool:  # threads that wait for a child each
         return list(pool.map(lambda source: run_program(source, seconds=seconds), programs))
+
+
+def judge(items, *, seconds=SECONDS, processes=None):
+    """Give each sample of HumanEval its metric, pass@1, and `outcome`: how its program ended. Changes the samples."""
+    programs = [f"{item['context']}{item['generation']}\n{item['gold']}" for item in items]
+    for item, outcome in zip(items, run_programs(programs, seconds, processes), strict=True):
+        item["metrics"] = {"pass@1": float(outcome.status == PASSED)}
+        item["outcome"] = f"{outcome.status}: {outcome.detail}" if outcome.detail else outcome.status
 
 
 def read_problems(path):

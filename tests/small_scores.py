@@ -38,6 +38,7 @@ def make_items(task, n, skill, seed=0, shots=None):
             if task in UNCONDITIONAL:
                 item["unconditional"] = [-4.0] * len(nats)
                 item["metrics"]["acc_uncond"] = right
+            item["metrics"]["tie"] = 0.0
         elif task == "humaneval":
             item |= {"generation": "    return 1\n", "gold": "def check(f): pass", "metrics": {"pass@1": right}}
         else:

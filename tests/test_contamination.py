@@ -31,7 +31,8 @@ def make_rows(task, n, rng):
         return [{"question": words(rng, 12) + "?", "choices": [words(rng, 3) for _ in range(4)],
                  "answer": rng.randrange(4)} for _ in range(n)]  # fmt: skip
     return [{"question": words(rng, 6) + "?",
-             "choices": {"text": [words(rng, 2) for _ in range(4)], "label": list("ABCD")}, "answerKey": rng.choice("ABCD")} for _ in range(n)]  # fmt: skip
+             "choices": {"text": [words(rng, 2) for _ in range(4)], "label": list("ABCD")},
+             "answerKey": rng.choice("ABCD")} for _ in range(n)]  # fmt: skip
 
 
 def dressed(task, row, number):

@@ -203,3 +203,14 @@ def test_canonical_solutions_are_checked_from_the_command_line(tmp_path, capsys)
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     assert humaneval.main([str(tmp_path / "other.jsonl")]) == 2
     assert "is it HumanEval's file?" in capsys.readouterr().err
+
+
+def test_samples_are_judged_by_the_tests_that_they_carry():
+    gold = f"{PROBLEM['test']}\ncheck({PROBLEM['entry_point']})"
+    items = [
+        {"context": PROBLEM["prompt"], "generation": text, "gold": gold, "metrics": {}}
+        for text in ("    return n + n", "    return 5")
+    ]
+    humaneval.judge(items)
+    assert [item["metrics"] for item in items] == [{"pass@1": 1.0}, {"pass@1": 0.0}]
+    assert items[0]["outcome"] == "passed" and items[1]["outcome"] == "failed: raised AssertionError"
