@@ -111,12 +111,9 @@ def compare(task, ours, family, parameters):
     metric = BASELINES["tasks"][task]["metric"]
     row = choose(published(task, name), ours, metric)
     if row is None:
-        return {
-            "model": name,
-            "same_size": same_size,
-            "verdict": NOT_COMPARABLE,
-            "why": f"no number of {name} is published",
-        }
+        note = BASELINES["tasks"][task].get("note") if family == "GPT-3" else None
+        why = f"baselines.json has no number of {name}" + (f": {note}" if note else "")
+        return {"model": name, "same_size": same_size, "verdict": NOT_COMPARABLE, "why": why}
     cell = {**row, "same_size": same_size, "value": row["value"] / 100, "verdict": NOT_COMPARABLE}
     if not row.get("comparable", True) or row["metric"] not in ours["metrics"]:
         return {**cell, "why": f"another protocol: {BASELINES['protocols'][row['protocol']]}"}

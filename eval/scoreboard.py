@@ -249,7 +249,7 @@ def show_board(board, console):
         table.add_row(
             row["title"], row["metric"], f"{row['n']:,}", f"{100 * score['value']:.1f}", ends,
             f"{100 * row['chance']:.0f}", "" if tie is None else f"{100 * tie:.1f}",
-            *(cell_text(cell) for cell in row["columns"].values()),
+            *(cell_text(cell, row["metric"]) for cell in row["columns"].values()),
         )  # fmt: skip
     console.print(table)
     if not all(peer["same_size"] for peer in board["peers"].values()):
@@ -258,14 +258,16 @@ def show_board(board, console):
         if row["clean"] and row["clean"]["left_out"]:
             score = row["clean"]["metrics"].get(row["metric"])
             clean = f"{100 * score['value']:.1f} on the other {row['clean']['n']:,}" if score else "no other is left"
-            console.print(f"{row['title']}: {row['clean']['left_out']:,} items are not clean; {clean}")
+            console.print(f"{row['title']}: {row['clean']['left_out']:,} of the items not clean, {clean}")
     console.print(headline(board))
 
 
-def cell_text(cell):
-    """ "54.7 ahead", or the number alone where there is no verdict on it."""
+def cell_text(cell, metric):
+    """'54.7 ahead', with the metric where it is not the row's; the number alone where there is no verdict on it."""
     number = f"{100 * cell['value']:.1f}" if "value" in cell else "-"
-    return number if cell["verdict"] == NOT_COMPARABLE else f"{number} {cell['verdict']}"
+    if cell["verdict"] == NOT_COMPARABLE:
+        return number
+    return f"{number} {cell['verdict']}" + ("" if cell["metric"] == metric else f" ({cell['metric']})")
 
 
 # ---- benchmarks
