@@ -5,10 +5,10 @@
 Goes through every document of the training split once and looks for each item in two ways, over the words that the
 curation's decontamination makes of text (letters and digits, lower case, without accents). First, any run of WORDS of
 the item's words, as GPT-3's authors did: of its question with the right answer, or with the choices, and of its
-passage; an item of fewer words, down to FEWEST, as a whole. Second, by the curation's index, which weighs shorter runs
-by their rarity and so finds a short question that stands before its answer. An item that is found in either way is
-contaminated. One of fewer words than FEWEST that the index cannot tell from ordinary text is counted as too short, and
-not as clean.
+passage; where these are shorter, the whole of them, so that an item of few words counts as found wherever its sentence
+stands. Runs that more than MAX_ITEMS items have in common do not count. Second, by the curation's index, which weighs
+shorter runs by their rarity and so finds a question that is followed by its answer in other words. An item that is
+found in either way is contaminated. What neither can look for is counted as too short, and not as clean.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -47,8 +48,9 @@ from train.run_dir import write_json
 
 FORMAT = 1
 WORDS = 13  # Brown et al. 2020, appendix C
-FEWEST = 8  # the least that they used for a task of short items
-BITS = 27  # 16 MiB for each length of runs tell most words of the training text that they are in no item
+FEWEST = 3  # words of a question with its answer; they used 8, and so could not tell of shorter items
+MAX_ITEMS = 16  # a run that more items have is the form of a question; ten of MMLU may share a passage
+BITS = 27  # 16 MiB say of nearly every run of the training text that no item has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,59 +101,74 @@ def word_sequences(item):
     if item.stems:
         stem = words_of(item.stems[-1])
         listed = "\n".join(f"{letter} {choice}" for letter, choice in zip(ascii_lowercase, item.choices, strict=False))
-        for tail in dict.fromkeys((item.answer, "\n".join(item.choices), listed)):
-            sequences.append(np.concatenate([stem, words_of(tail)]))
-        sequences.append(stem)
+        tails = dict.fromkeys((item.answer, "\n".join(item.choices), listed))
+        sequences += [np.concatenate([stem, words_of(tail)]) for tail in tails if tail or not any(tails)]
     return sequences
 
 
-def run_hashes(words):
-    """{n: the hashes of the runs of n words} for n from FEWEST to WORDS; words (m,) uint64, hashes (m - n + 1,)."""
-    found, keys = {}, words.copy()
-    for n in range(2, min(WORDS, len(words)) + 1):
-        keys = keys[:-1] * np.uint64(RATIO) + words[n - 1 :]
-        if n >= FEWEST:
-            found[n] = mixed(keys)
+def run_hashes(words, lengths):
+    """{n: hashes (m - n + 1,) of the runs of n words} for the n of `lengths` that fit; words (m,) uint64."""
+    found, keys = {}, words
+    for n in range(1, min(max(lengths, default=0), len(words)) + 1):
+        if n > 1:
+            keys = keys[:-1] * np.uint64(RATIO) + words[n - 1 :]
+        if n in lengths:
+            found[n] = mixed(keys.copy())
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunTable:
-    """The runs of all items by their length n: keys sorted, bits to say quickly that a run is not among them."""
+    """The runs of all items, by their length n."""
 
-    keys: dict  # {n: (k,) uint64}
-    bits: dict  # {n: (2**BITS / 8,) uint8}
-    runs: list  # of each item: (n, places of its runs among keys[n]); n 0 for an item that has too few words
+    keys: dict  # {n: (k,) uint64, sorted}
+    owned: dict  # {n: (m, 2) int64: the place of a key, the number of an item that has it}
+    bits: np.ndarray  # (2**BITS / 8,) uint8: says quickly of most runs that they are none of these
 
     def find(self, text):
         """{n: the places of the keys that are in a text}."""
         found = {}
         for _, chunk in chunks(text):
-            hashes = run_hashes(split_words(chunk).hashes)
-            for n in self.keys.keys() & hashes.keys():
-                at = hashes[n] & np.uint64((1 << BITS) - 1)
-                maybe = hashes[n][(self.bits[n][at >> np.uint64(3)] >> (at & np.uint64(7)).astype(np.uint8)) & 1 > 0]
+            for n, runs in run_hashes(split_words(chunk).hashes, self.keys.keys()).items():
+                at = runs & np.uint64((1 << BITS) - 1)
+                maybe = runs[(self.bits[at >> np.uint64(3)] >> (at & np.uint64(7)).astype(np.uint8)) & 1 > 0]
                 places = np.minimum(np.searchsorted(self.keys[n], maybe), len(self.keys[n]) - 1)
                 if len(places := places[self.keys[n][places] == maybe]):
                     found.setdefault(n, []).append(places)
         return {n: np.unique(np.concatenate(places)) for n, places in found.items()}
 
+    def overlaps(self, found, n_items):
+        """The share of each item's runs that were found, (n_items,), NaN where it has none; found {n: (k,) bool}."""
+        hits, runs = np.zeros(n_items), np.zeros(n_items)
+        for n, owned in self.owned.items():
+            runs += np.bincount(owned[:, 1], minlength=n_items)
+            hits += np.bincount(owned[:, 1], found[n][owned[:, 0]], minlength=n_items)
+        return np.divide(hits, runs, out=np.full(n_items, np.nan), where=runs > 0)
+
 
 def make_table(items):
-    """The RunTable of the items: runs of WORDS words, or of as many as an item of fewer has."""
-    chosen = []
-    for item in items:
-        by_length = [run_hashes(words) for words in word_sequences(item)]
-        n = max((max(runs, default=0) for runs in by_length), default=0)
-        chosen.append((n, np.unique(np.concatenate([runs[n] for runs in by_length if n in runs])) if n else None))
-    keys, bits = {}, {}
-    for n in sorted({n for n, _ in chosen if n}):
-        keys[n] = np.unique(np.concatenate([runs for length, runs in chosen if length == n]))
-        bits[n] = np.zeros((1 << BITS) // 8, np.uint8)
+    """The RunTable of the items: runs of WORDS words, and sequences of fewer, down to FEWEST, as a whole."""
+    parts = {}
+    for number, item in enumerate(items):
+        for words in word_sequences(item):
+            n = min(WORDS, len(words))
+            if n >= FEWEST:
+                parts.setdefault(n, []).append((run_hashes(words, {n})[n], number))
+    keys, owned = {}, {}
+    bits = np.zeros((1 << BITS) // 8, np.uint8)
+    for n, runs in sorted(parts.items()):
+        hashes = np.concatenate([part for part, _ in runs])
+        owners = np.repeat([number for _, number in runs], [len(part) for part, _ in runs])
+        distinct, places = np.unique(hashes, return_inverse=True)
+        pairs = np.unique(np.stack([places, owners], axis=1), axis=0)
+        # what many items have in common is a form, such as "For which of these two scenarios does the main character"
+        special = np.bincount(pairs[:, 0]) <= MAX_ITEMS
+        pairs = pairs[special[pairs[:, 0]]]
+        keys[n] = distinct[special]
+        owned[n] = np.stack([(np.cumsum(special) - 1)[pairs[:, 0]], pairs[:, 1]], axis=1)
         at = keys[n] & np.uint64((1 << BITS) - 1)
-        np.bitwise_or.at(bits[n], at >> np.uint64(3), np.left_shift(1, at & np.uint64(7)).astype(np.uint8))
-    runs = [(n, np.searchsorted(keys[n], own) if n else np.zeros(0, np.int64)) for n, own in chosen]
-    return RunTable(keys=keys, bits=bits, runs=runs)
+        np.bitwise_or.at(bits, at >> np.uint64(3), np.left_shift(1, at & np.uint64(7)).astype(np.uint8))
+    return RunTable(keys=keys, owned=owned, bits=bits)
 
 
 # ---- the training text
@@ -181,7 +198,7 @@ def search_shard(path):
 
 
 def search(data, items, workers=None):
-    """(found {n: (keys,) bool}, RunTable, {number of an item: (evidence, shard, document, text)}, too short to index).
+    """(overlap of each item (items,), {number of an item: (evidence, shard, document, text)}, {numbers in the index}).
 
     workers: processes; default: one a core, and none for a single shard.
     """
@@ -217,7 +234,7 @@ def search(data, items, workers=None):
             if pool:
                 pool.shutdown(cancel_futures=True)
         indexed = set(Index(index).arrays["unit_items"].tolist())
-    return found, table, matches, indexed
+    return table.overlaps(found, len(items)), matches, indexed
 
 
 def check_contamination(data, files, workers=None):
@@ -228,23 +245,23 @@ def check_contamination(data, files, workers=None):
     null without) and, of the surest match, shard, document and matched text.
     """
     questions = read_questions(files)
-    found, table, matches, indexed = search(data, [question.item for question in questions], workers)
+    overlaps, matches, indexed = search(data, [question.item for question in questions], workers)
     tasks, unclean, first = {}, {}, {}
-    for place, (question, (n, places)) in enumerate(zip(questions, table.runs, strict=True)):
+    for place, (question, overlap) in enumerate(zip(questions, overlaps.tolist(), strict=True)):
         item = question.item
         # the index knows the same text once, whatever items have it
         number = first.setdefault((item.stems, item.answer, item.choices, item.passages), place)
         counts = tasks.setdefault(question.task, {"items": 0, "contaminated": 0, "too_short": 0})
         counts["items"] += 1
-        overlap = float(found[n][places].mean()) if n else 0.0
         evidence, shard, document, text = matches.get(number, (None, None, None, None))
-        too_short = n == 0 and number not in indexed
+        too_short = isnan(overlap) and number not in indexed
         contaminated = overlap > 0 or evidence is not None
         counts["contaminated"] += contaminated
         counts["too_short"] += too_short and not contaminated
         if contaminated or too_short:
             unclean.setdefault(question.task, []).append({
-                "group": question.group, "doc_id": question.doc_id, "contaminated": contaminated, "overlap": overlap,
+                "group": question.group, "doc_id": question.doc_id, "contaminated": contaminated,
+                "overlap": None if isnan(overlap) else overlap,
                 "evidence": evidence, "shard": shard, "document": document, "matched": text,
             })  # fmt: skip
     described = {"path": str(data), "manifest_sha256": manifest_sha256(data)}

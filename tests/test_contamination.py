@@ -9,7 +9,7 @@ from small_data import finish_folder
 
 from curation.decontaminate import Item
 from curation.tokenizer import load_tokenizer, train_tokenizer
-from eval.contamination import FEWEST, WORDS, check_contamination, make_table, run_hashes, unclean_items, words_of
+from eval.contamination import MAX_ITEMS, WORDS, check_contamination, make_table, run_hashes, unclean_items, words_of
 
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "an", "er", "ol")]
 
@@ -116,27 +116,41 @@ def test_thirteen_words_in_a_row_are_enough_and_twelve_are_not():
     assert table.find(f"{words(rng, 30)} {' '.join(part[: WORDS - 1])} {words(rng, 30)}") == {}
 
 
-def test_item_of_few_words_is_one_run_and_one_of_fewer_is_too_short(planted, tmp_path):
+def test_short_item_is_found_with_its_answer_and_one_of_two_words_is_too_short(planted, tmp_path):
     rng = random.Random(4)
-    nine, seven = words(rng, 9), "is it so or is it not"[:20]
-    table = make_table([Item(benchmark="x", file="x", row=0, stems=(text,)) for text in (nine, seven)])
-    assert table.find(f"{words(rng, 5)} {nine} {words(rng, 5)}") == {9: [0]}
-    assert [n for n, _ in table.runs] == [9, 0]
-    path = tmp_path / "arc_easy.jsonl"
-    path.write_text(
-        json.dumps({"question": "is it so", "choices": {"text": ["no"], "label": ["A"]}, "answerKey": "A"})
+    question = words(rng, 3)
+    item = Item(
+        benchmark="arc", file="x", row=0, stems=(question,), answer="energy", choices=("energy", "time", "a song")
     )
+    table = make_table([item])
+    assert list(table.find(f"{words(rng, 5)} {question.upper()}: Energy. {words(rng, 5)}")) == [4]
+    assert table.find(f"{question} time") == {} == table.find(f"{question} {words(rng, 1)} energy")
+    path = tmp_path / "arc_easy.jsonl"
+    path.write_text(json.dumps({"question": "why", "choices": {"text": [""], "label": ["A"]}, "answerKey": "A"}))
     report = check_contamination(planted[0], {("arc_easy", None): path}, workers=1)
     assert report["tasks"]["arc_easy"] == {"items": 1, "contaminated": 0, "too_short": 1}
     assert unclean_items(report, "arc_easy") == {(None, 0)}
 
 
+def test_form_that_many_items_share_makes_none_of_them_contaminated():
+    rng = random.Random(6)
+    form = words(rng, 20)
+    items = [Item(benchmark="x", file="x", row=i, stems=(f"{form} {words(rng, 15)}",)) for i in range(MAX_ITEMS + 1)]
+    table = make_table(items)
+    assert table.find(f"{words(rng, 9)} {form} {words(rng, 9)}") == {}
+    found = {n: np.zeros(len(keys), bool) for n, keys in table.keys.items()}
+    for n, places in table.find(items[3].stems[0]).items():
+        found[n][places] = True
+    assert table.overlaps(found, len(items)).tolist() == [float(i == 3) for i in range(len(items))]
+    assert make_table(items[:2]).find(form) != {}
+
+
 def test_run_hashes_tell_order_and_length():
     hashes = words_of("one two three four five six seven eight nine")
-    runs = run_hashes(hashes)
-    assert sorted(runs) == [FEWEST, 9] and len(runs[FEWEST]) == 2
-    assert not np.isin(runs[FEWEST], run_hashes(hashes[::-1])[FEWEST]).any()
-    assert run_hashes(hashes[:3]) == {}
+    runs = run_hashes(hashes, {8, 9, 13})
+    assert sorted(runs) == [8, 9] and len(runs[8]) == 2
+    assert not np.isin(runs[8], run_hashes(hashes[::-1], {8})[8]).any()
+    assert run_hashes(hashes[:3], {8}) == {}
 
 
 def test_long_document_is_searched_to_its_end(planted):
