@@ -260,7 +260,9 @@ class Scorer:
 
     def look_up(self, logits, nodes, index, found):
         """Scores of the nodes' targets from logits (places, vocab) in float32."""
-        asked = [(index[row, place], target, slot) for row, node in enumerate(nodes) for place, target, slot in node.scored]
+        asked = [
+            (index[row, place], target, slot) for row, node in enumerate(nodes) for place, target, slot in node.scored
+        ]
         at = torch.tensor([i for i, _, _ in asked], device=logits.device)
         targets = torch.tensor([target for _, target, _ in asked], device=logits.device)
         chosen = logits[at, targets]

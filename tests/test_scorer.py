@@ -190,6 +190,24 @@ def test_written_text_is_greedy_and_ends_at_the_given_string(tokenizer):
     assert text == expected[0][: expected[0].find(stop)]
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [({"layer_pattern": "MM", "d_ff": 0}, HFModel), ({"attention_gate": True}, OwnModel),
+     ({"tied_embeddings": True, "logits_scaling": 0.25}, HFModel)],
+    ids=["Mamba2ForCausalLM", "own code", "scaled logits"],
+)  # fmt: skip
+def test_every_kind_of_export_scores_as_its_checkpoint(change, kind, folder, tmp_path):
+    checkpoint = make_run(tmp_path / "run", folder, make_model(seq_len=128, **change))
+    export(load_checkpoint(checkpoint), tmp_path / "hf")
+    (tmp_path / "hf/modeling_braid.py").write_text("raise SystemExit('code that lay beside weights was run')")
+    ours, theirs = load_model(checkpoint, device="cpu"), load_model(tmp_path / "hf", device="cpu")
+    assert type(theirs) is kind and theirs.shares and ours.sha256 != theirs.sha256
+    requests = questions(2)
+    for one, other in zip(*(Scorer(model).loglikelihoods(requests) for model in (ours, theirs)), strict=True):
+        assert (one.greedy, one.n_tokens) == (other.greedy, other.n_tokens)
+        assert one.nats == pytest.approx(other.nats, abs=1e-4)
+
+
 @pytest.fixture(scope="module")
 def exported(folder, tmp_path_factory):
     """(our checkpoint, the folder that it was exported to)"""
