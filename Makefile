@@ -21,7 +21,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo curate plan verify inspect data-report bench-curation train eval sample export report estimate test test-gpu check format clean
+.PHONY: help setup demo curate plan verify inspect data-report bench-curation train eval eval-data sample export report estimate test test-gpu check format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -79,6 +79,9 @@ train: setup  ## train: make train SIZE=nano DATA=data/local RUN=runs/mine ARGS=
 
 eval: setup need-CKPT  ## score a checkpoint: make eval CKPT=runs/demo/checkpoints/step_0001600
 	$(PY) -m eval.scoreboard $(CKPT) $(EVAL_ARGS)
+
+eval-data: setup  ## the benchmarks' files, fetched and pinned: make eval-data DATA=data/evals [SOURCE=folder that has them]
+	$(PY) -m eval.task_data $(if $(filter file,$(origin DATA)),data/evals,$(DATA)) $(if $(SOURCE),--source $(SOURCE)) $(if $(TASKS),--tasks $(TASKS))
 
 sample: setup need-CKPT  ## text from a checkpoint: make sample CKPT=...
 	$(PY) -m eval.sample $(CKPT) $(SAMPLE_ARGS)

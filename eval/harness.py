@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from unittest.mock import patch
@@ -403,7 +404,8 @@ def main(argv=None):
 def join_processes():
     """Join the other processes where a launcher (torchrun, deepspeed) started this one; the rank, 0 when alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")  # only results are exchanged, which lie in host memory
+        # only results are exchanged, which lie in host memory; a rank may wait long for one with a longer share
+        dist.init_process_group("gloo", timeout=timedelta(hours=12))
     return dist.get_rank() if dist.is_initialized() else 0
 
 

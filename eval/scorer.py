@@ -212,7 +212,12 @@ class Scorer:
                 key = jobs[i].sha256 if self.answers else None
                 result = self.answers.get(key) if self.answers else None
                 if result is None:
-                    result = do(jobs[i])
+                    try:
+                        result = do(jobs[i])
+                    except torch.cuda.OutOfMemoryError:
+                        raise ValueError(
+                            f"{self.batch_size} texts at once do not fit into the GPU's memory; give a smaller batch size"
+                        ) from None
                     if self.answers:
                         self.answers.add(key, result)
                 done[i] = result

@@ -17,7 +17,7 @@ from small_benchmarks import make_benchmarks
 from small_run import make_data, make_model, make_run
 
 from curation.tokenizer import load_tokenizer
-from eval import harness, task_data
+from eval import bench, harness, task_data
 from eval.answers import AnswerFile
 from eval.harness import run_tasks
 from eval.models import OwnModel, load_model
@@ -332,3 +332,18 @@ def test_another_model_never_finds_the_answers(folder, checkpoint, questions, tm
     score(other, questions, tmp_path / "alone", ["piqa"])
     assert samples(tmp_path / "shared", "piqa") == samples(tmp_path / "alone", "piqa") != first
     assert len(list(tmp_path.glob("shared/answers/*/model.json"))) == 2
+
+
+def test_the_contest_with_lm_evals_model_finds_a_different_answer(checkpoint, questions, capsys, monkeypatch):
+    pytest.importorskip("accelerate", reason="lm-eval's Hugging Face model needs it")
+    flags = [str(checkpoint), "--data", str(questions), "--tasks", "piqa", "lambada", "--device", "cpu"]
+    assert bench.main(flags) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["all", "8", "0"]
+    ask = bench.ask_hf
+
+    def other_way_round(*args):
+        answers, seconds = ask(*args)
+        return [[(-float(nats), greedy) for nats, greedy in item] for item in answers], seconds
+
+    monkeypatch.setattr(bench, "ask_hf", other_way_round)
+    assert bench.main(flags) == 1
