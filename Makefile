@@ -21,7 +21,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo curate plan verify inspect data-report bench-curation train eval eval-diff eval-sandbox sample export report estimate test test-gpu check format clean
+.PHONY: help setup demo curate plan verify inspect data-report bench-curation train eval eval-data eval-diff eval-sandbox sample export report estimate test test-gpu check format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -87,6 +87,9 @@ eval-diff: setup  ## two scored checkpoints, item by item: make eval-diff A=runs
 
 eval-sandbox: setup  ## HumanEval's own solutions, which must all pass, in the sandbox: make eval-sandbox DATA=data/evals
 	$(PY) -m eval.humaneval $(if $(findstring command,$(origin DATA)),$(DATA),data/evals)/humaneval/test.jsonl
+
+eval-data: setup  ## the benchmarks' files, fetched and pinned: make eval-data DATA=data/evals [SOURCE=folder that has them]
+	$(PY) -m eval.task_data $(if $(filter file,$(origin DATA)),data/evals,$(DATA)) $(if $(SOURCE),--source $(SOURCE)) $(if $(TASKS),--tasks $(TASKS))
 
 sample: setup need-CKPT  ## text from a checkpoint: make sample CKPT=...
 	$(PY) -m eval.sample $(CKPT) $(SAMPLE_ARGS)

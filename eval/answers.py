@@ -39,7 +39,7 @@ class AnswerFile:
             self.known |= read_lines(path)
         self.n_found = 0
         path = folder / f"{task}-{rank:05d}.jsonl"
-        torn = path.is_file() and not path.read_bytes()[-1:] in (b"", b"\n")  # killed while it wrote
+        torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")  # killed while it wrote
         self.file = path.open("a", encoding="utf-8")
         if torn:
             self.file.write("\n")

@@ -3,8 +3,8 @@
     python -m eval.harness runs/demo/checkpoints/step_0001600 --data data/evals --out runs/demo/eval/step_0001600
     torchrun --nproc_per_node 8 -m eval.harness EleutherAI/pythia-1.4b --out scores/pythia-1.4b
 
-writes samples/<task>.jsonl, a line an item, and results.json. Several processes, on one machine or many, share the work
-and give the scores of one. Killed, it goes on where it was when it is started again.
+writes samples/<task>.jsonl, a line an item, and results.json. Several processes, on one machine or many, share the
+work and give the scores of one. Killed, it goes on where it was when it is started again.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from unittest.mock import patch
@@ -180,7 +181,7 @@ def _dataset(documents, **_):
 
 @dataclass(kw_only=True)
 class Item:
-    """One question as it is asked. requests: (context, continuation), one a choice; of a written answer, its prompt."""
+    """One question as it is asked. requests: (context, continuation), one a choice; or (prompt, options), one."""
 
     group: str | None
     doc_id: int
@@ -193,16 +194,14 @@ class Item:
     unconditional: list = field(default_factory=list)
 
 
-def run_tasks(
-    model_spec, tasks, *, data=None, device, limit=None, batch_size=64, out, dtype=None, size=None
-):  # fmt: skip
+def run_tasks(model_spec, tasks, *, data=None, device, limit=None, batch_size=64, out, dtype=None, size=None):
     """Score a model on benchmarks, write out/samples/<task>.jsonl, and return what results.json holds. All ranks.
 
-    model_spec: a checkpoint folder, a Hugging Face folder or a name (or what eval.models.load_model gave); tasks: names
-    of benchmarks.json, None: all; data: a folder of their files, None: the Hub; limit: only the first so many items of
-    each task (of each subject of MMLU, as lm-eval's). dtype, size: see load_model. Scores do not depend on batch_size.
-    Raises FileNotFoundError or ValueError, in one line, for what is missing or wrong, before the model is loaded where
-    it can be seen then.
+    model_spec: a checkpoint folder, a Hugging Face folder or a name (or what eval.models.load_model gave); tasks:
+    names of benchmarks.json, None: all; data: a folder of their files, None: the Hub; limit: only the first so many
+    items of each task (of each subject of MMLU, as lm-eval's). dtype, size: see load_model. Scores do not depend on
+    batch_size. Raises FileNotFoundError or ValueError, in one line, for what is missing or wrong, before the model is
+    loaded where it can be seen then.
     """
     started, names, out = time.monotonic(), check_names(tasks), Path(out)
     if batch_size < 1 or (limit is not None and limit < 1):
@@ -335,8 +334,9 @@ def sample_of(name, item, answers, alone, text=None):
 def choose(nats, alone, choices, gold):
     """(the choice taken, {metric: credit}) by lm-eval's rules, but for ties, which are at chance.
 
-    acc: the likeliest; acc_norm: the likeliest for each of its characters; acc_uncond, GPT-3's rule: the one that gains
-    most on its likelihood after "Answer:" alone (`alone`). tie: whether the first or second rule had several best.
+    acc: the likeliest; acc_norm: the likeliest for each of its characters; acc_uncond, GPT-3's rule: the one that
+    gains most on its likelihood after "Answer:" alone (`alone`). tie: whether the first or second rule had several
+    best.
     """
     nats = np.array(nats)
     acc, tied = _credit(nats, gold)
@@ -404,7 +404,8 @@ def main(argv=None):
 def join_processes():
     """Join the other processes where a launcher (torchrun, deepspeed) started this one; the rank, 0 when alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")  # only results are exchanged, which lie in host memory
+        # only results are exchanged, which lie in host memory; a rank may wait long for one with a longer share
+        dist.init_process_group("gloo", timeout=timedelta(hours=12))
     return dist.get_rank() if dist.is_initialized() else 0
 
 

@@ -13,9 +13,11 @@ take(state, rows) -> state of these rows. write(prompts, n_tokens, until) -> [id
 
 import copy
 import hashlib
+import json
 import re
 from contextlib import contextmanager
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from model.weights import MANIFEST, load_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARAGRAPH = re.compile(rf"(?:{CUT.pattern})(?=\n\n)")
+FILES = (".json", ".safetensors", ".model", ".txt")  # of a Hugging Face folder that are read
 SAME = 1e-3  # of the largest log-probability's size: a cache that continues wrongly is off by far more
 
 
@@ -63,7 +66,7 @@ def load_model(spec, *, device, dtype=None, size=None):
 def check_size(spec, size, expected, found, exact):
     """exact: of the same shape; else within a fifth, as models of other families that go by the same number are."""
     if abs(found - expected) > (0 if exact else 0.2 * expected):
-        raise ValueError(f"{spec} has {found:,} parameters, but size {size} has {expected:,}; give the size that it has")
+        raise ValueError(f"{spec} has {found:,} parameters, but size {size} has {expected:,}; give its own size")
 
 
 class OwnModel:
@@ -152,38 +155,61 @@ def ends_with(decode, ids, until):
 # ---- transformers
 
 
+class ExportedTokenizer:
+    """The tokenizer of a folder that model.export wrote, as a checkpoint's is."""
+
+    engine = "transformers"
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.separator_id = tokenizer, tokenizer.bos_token_id
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values())
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def open_hf(spec, path, device, dtype):
     """The HFModel of a folder, or of a name on the Hub, whose files are fetched into its cache first."""
     from huggingface_hub import snapshot_download
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    from model.modeling_braid import BraidConfig, BraidForCausalLM
 
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(
-                f"{spec} is no model: neither a checkpoint of ours ({MANIFEST}) nor a Hugging Face folder (config.json)"
+                f"{spec} is no model: neither a checkpoint of ours ({MANIFEST}) nor of Hugging Face (config.json)"
             )
     elif path.is_absolute() or str(spec).count("/") != 1 or str(spec).startswith((".", "runs/", "exports/")):
-        raise FileNotFoundError(f"{spec} does not exist; give a checkpoint folder, a Hugging Face folder or a name there")
+        raise FileNotFoundError(
+            f"{spec} does not exist; give a checkpoint folder, a Hugging Face folder or a name on the Hub"
+        )
     else:
         try:
-            path = Path(snapshot_download(str(spec), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]))
+            path = Path(snapshot_download(str(spec), allow_patterns=[f"*{suffix}" for suffix in FILES]))
         except Exception as error:  # the Hub's client has a dozen kinds, and all of them mean this
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(f"{spec} is neither a folder here nor to be had from the Hub: {reason}") from None
-    # our own exports may come with their own code; another's is never run
-    local_code = (path / "modeling_braid.py").is_file()
+    named = {"name": str(spec), "sha256": folder_sha256(path)}
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=local_code)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=local_code)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype], trust_remote_code=local_code)
+        # code that lies beside weights is never run: what our export would bring along is here already
+        if json.loads((path / "config.json").read_bytes()).get("model_type") == BraidConfig.model_type:
+            model = BraidForCausalLM.from_pretrained(path).model.to(device).eval()
+            tokenizer = ExportedTokenizer(PreTrainedTokenizerFast.from_pretrained(path))
+            return OwnModel(model, tokenizer, dtype=dtype, **named)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]).to(device).eval()
+        return HFModel(model, tokenizer, dtype=dtype, **named)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{spec} cannot be loaded with transformers: {str(error).splitlines()[0]}") from None
-    return HFModel(model.to(device).eval(), tokenizer, dtype=dtype, name=str(spec), sha256=folder_sha256(path))
+        raise ValueError(f"{spec} cannot be scored: {str(error).strip().splitlines()[0]}") from None
 
 
 def folder_sha256(path):
     """Identity of a model's folder: of the names and contents of its files."""
-    files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".model", ".py", ".txt"))
+    files = sorted(file for file in path.iterdir() if file.suffix in FILES)
     whole = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
     return hashlib.sha256(whole.encode()).hexdigest()
 
@@ -204,7 +230,13 @@ class HFModel:
         if self.prefix_id is None:
             raise ValueError(f"the tokenizer of {name} has neither a BOS nor an EOS token, so no text can begin")
         self.seq_len = resolve_max_length(model.config, tokenizer)
+        # what a model calls what it keeps
+        self.cache_name = (
+            "cache_params" if "cache_params" in signature(model.forward).parameters else "past_key_values"
+        )
         head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no head that transformers knows of")
         self.head = ScoredHead(head.weight.detach().float(), None if head.bias is None else head.bias.detach().float())
         self.plain_head = head
         self.vocab_size = head.weight.shape[0]
@@ -226,8 +258,9 @@ class HFModel:
     def read(self, tokens, state, places, keep):
         tokens = torch.tensor(tokens, device=self.device)
         with self.scored_at(places):
-            result = self.model(tokens, past_key_values=copy.deepcopy(state), use_cache=keep or state is not None)
-        return result.logits, getattr(result, "past_key_values", None) if keep else None
+            kept = {self.cache_name: copy.deepcopy(state)}  # a model changes what it is given
+            result = self.model(tokens, use_cache=keep or state is not None, **kept)
+        return result.logits, getattr(result, self.cache_name, None) if keep else None
 
     @contextmanager
     def scored_at(self, places):
@@ -277,7 +310,7 @@ class HFModel:
 
 
 class ScoredHead(nn.Module):
-    """The model's own head, in float32, on the hidden states at `places` alone: (n, vocab) instead of (b, l, vocab)."""
+    """The model's own head, in float32, on the hidden states at `places` alone: (n, vocab), not (b, l, vocab)."""
 
     def __init__(self, weight, bias):
         super().__init__()

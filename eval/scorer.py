@@ -212,7 +212,12 @@ class Scorer:
                 key = jobs[i].sha256 if self.answers else None
                 result = self.answers.get(key) if self.answers else None
                 if result is None:
-                    result = do(jobs[i])
+                    try:
+                        result = do(jobs[i])
+                    except torch.cuda.OutOfMemoryError:
+                        raise ValueError(
+                            f"{self.batch_size} texts at once do not fit into the GPU's memory; give a smaller batch size"
+                        ) from None
                     if self.answers:
                         self.answers.add(key, result)
                 done[i] = result
@@ -260,7 +265,9 @@ class Scorer:
 
     def look_up(self, logits, nodes, index, found):
         """Scores of the nodes' targets from logits (places, vocab) in float32."""
-        asked = [(index[row, place], target, slot) for row, node in enumerate(nodes) for place, target, slot in node.scored]
+        asked = [
+            (index[row, place], target, slot) for row, node in enumerate(nodes) for place, target, slot in node.scored
+        ]
         at = torch.tensor([i for i, _, _ in asked], device=logits.device)
         targets = torch.tensor([target for _, target, _ in asked], device=logits.device)
         chosen = logits[at, targets]

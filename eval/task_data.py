@@ -48,7 +48,7 @@ def definitions(name):
 
 
 def load_tasks(name, data=None):
-    """[(subject or None, lm-eval task)] of a benchmark, over the files of folder `data`, or the Hub's where it is None.
+    """[(subject or None, lm-eval task)] of a benchmark, over the files of folder `data`; None: over the Hub's.
 
     FileNotFoundError, in one line, for a file that is not there, or a Hub that cannot be reached.
     """
@@ -188,7 +188,8 @@ def fetch(folder, names, source=None):
                 if file in pins and pins[file]["sha256"] != sha256:
                     raise ValueError(
                         f"{origin} gives another {file} (sha256 {sha256[:12]}) than is pinned in {folder / PINS} "
-                        f"({pins[file]['sha256'][:12]}); scores on the two cannot be compared; to take it, delete the pins"
+                        f"({pins[file]['sha256'][:12]}), and scores on the two cannot be compared; to take it, "
+                        "delete the pins"
                     )
                 pins[file] = {"bytes": len(data), "sha256": sha256, "from": origin}
         content |= {"versions": {"lm-eval": version("lm-eval"), "datasets": version("datasets")}}
