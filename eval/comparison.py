@@ -199,7 +199,7 @@ def headline(board, family="GPT-3"):
     """One sentence: on how many tasks the model is ahead of the family's model of its size."""
     peer, counts = board["peers"][family], board["verdicts"][family]
     if not peer["same_size"]:
-        size = f"{board['model']['parameters'] / 1e6:,.0f}M"
+        size = f"{board['model']['parameters']:,}"
         return f"There is no {family} of about {size} parameters to compare with; the nearest is {peer['model']}."
     judged = counts[AHEAD] + counts[LEVEL] + counts[BEHIND]
     return (

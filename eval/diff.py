@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from eval.comparison import BASELINES, read_samples, sample_files
-from eval.intervals import holm, mcnemar, paired_bootstrap, verdict_of
+from eval.comparison import BASELINES, choice_scores, read_samples, sample_files
+from eval.intervals import LEVEL, holm, mcnemar, paired_bootstrap, verdict_of
 from train.run_dir import write_json
 
 
@@ -65,9 +65,10 @@ def compare_task(task, a_items, b_items, seed=0):
         # credit that a tie shares counts as right when it is more than half
         test = mcnemar([value > 0.5 for value in a], [value > 0.5 for value in b])
         interval = paired_bootstrap(a, b, seed)
+        # both must say so: of few items the bootstrap's interval is too narrow
         metrics[name] = {
             "a": sum(a) / len(a), "b": sum(b) / len(b), "difference": (sum(b) - sum(a)) / len(a), "interval": interval,
-            **test, "verdict": verdict_of(interval),
+            **test, "verdict": verdict_of(interval) if test["p"] < 0.05 else LEVEL,
         }  # fmt: skip
     about = BASELINES["tasks"].get(task, {})
     headline = about["metric"] if about.get("metric") in metrics else next(iter(metrics))
@@ -80,13 +81,18 @@ def compare_task(task, a_items, b_items, seed=0):
 
 def describe(a, b, metric):
     """What is needed to look at an item whose score changed."""
+    better = "B" if b["metrics"][metric] > a["metrics"][metric] else "A"
     return {
-        "doc_id": a["doc_id"], "group": a["group"],
-        "better": "B" if b["metrics"][metric] > a["metrics"][metric] else "A",
-        "context": a["context"], "choices": a["choices"], "gold": a["gold"],
-        "a": a["prediction"] if a["generation"] is None else a["generation"],
-        "b": b["prediction"] if b["generation"] is None else b["generation"],
+        **{name: a[name] for name in ("doc_id", "group", "context", "choices", "gold")},
+        "better": better, "a": said(a, metric), "b": said(b, metric),
     }  # fmt: skip
+
+
+def said(item, metric):
+    """A model's answer by this metric: the number of a choice, what it wrote, or whether it would say the words."""
+    if item["choices"]:
+        return int(choice_scores(item, metric).argmax())
+    return item["greedy"] if item["generation"] is None else item["generation"]
 
 
 def compare_runs(a, b, seed=0):

@@ -233,7 +233,8 @@ def two(tmp_path):
     for item in (*wrong, *right):
         value = 1.0 - item["metrics"]["acc_norm"]
         item["metrics"] = dict.fromkeys(item["metrics"], value)
-        item["prediction"] = item["gold"] if value else (item["gold"] + 1) % 4
+        picked = item["gold"] if value else (item["gold"] + 1) % 4
+        item["prediction"], item["loglikelihoods"] = picked, [-5.0 - (j != picked) for j in range(4)]
     same = make_items("piqa", 50, 0.5)
     random.Random(0).shuffle(b)  # the order of the items must not matter
     a_folder = write_items(tmp_path / "a/samples", {"hellaswag": a, "piqa": same, "boolq": same})
@@ -250,8 +251,17 @@ def test_changed_items_are_found_and_tested(two):
     low, high = metric["interval"]
     assert 0.05 < low < 0.1 < high < 0.15
     assert [item["better"] for item in row["changed"]].count("B") == 60 and len(row["changed"]) == 80
+    assert all((item["a"] == item["gold"]) is (item["better"] == "A") for item in row["changed"])
     assert result["tasks"]["piqa"]["metrics"]["acc_norm"]["p"] == 1.0 and result["tasks"]["piqa"]["changed"] == []
     assert result["left_out"] == ["boolq"]
+
+
+def test_few_items_prove_nothing(tmp_path):
+    a, b = make_items("piqa", 6, 1.0), make_items("piqa", 6, 1.0)
+    for item in b[:3]:
+        item["metrics"] = dict.fromkeys(item["metrics"], 0.0)
+    result = diff.compare_task("piqa", a, b)
+    assert result["metrics"]["acc"]["p"] == pytest.approx(0.25) and result["metrics"]["acc"]["verdict"] == "level"
 
 
 def test_difference_is_shown_and_written(two, tmp_path, capsys):

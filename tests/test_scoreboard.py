@@ -9,6 +9,7 @@ from small_scores import make_items, result_of, write_items
 
 from eval import report_scores, scoreboard
 from eval.comparison import BASELINES, make_board
+from eval.report import build_report
 from eval.report_scores import SHOWN, build_page, embedded, pick_samples
 
 SECTIONS = ["headline", "scoreboard", "differences", "reasons", "metrics", "contamination", "samples", "published",
@@ -136,6 +137,8 @@ def test_eval_prints_the_scoreboard_and_writes_scores_page_and_samples(checkpoin
         "piqa.jsonl",
     ]
     assert (folder / "step_0000007/contamination.json").is_file()
+    report = build_report(checkpoint.parents[1])
+    assert "<td>PIQA</td>" in report and "eval/step_0000007.html" in report
 
 
 def test_what_the_model_wrote_for_humaneval_is_run_in_the_sandbox(checkpoint, benchmarks, tmp_path, monkeypatch):
