@@ -21,7 +21,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo curate plan verify inspect data-report bench-curation bench train eval sample export report watch estimate supervise drill test test-gpu check format clean
+.PHONY: help setup demo curate plan verify inspect data-report bench-curation bench train eval eval-data eval-diff eval-sandbox sample export report watch estimate supervise drill test test-gpu check format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -55,7 +55,8 @@ venv_from_apt = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "py
 demo: setup  ## the main job on this machine's own text: curate, train, score, sample, report
 	$(MAKE) --no-print-directory curate
 	$(MAKE) --no-print-directory train ARGS='--steps $(STEPS) --eval-every 200 --eval-tokens 60000 --save-every 400 --keep 2 --resume $(ARGS)'
-	$(MAKE) --no-print-directory eval sample report CKPT="$$(ls -d $(RUN)/checkpoints/step_*[0-9] | tail -n 1)"
+	CKPT="$$(ls -d $(RUN)/checkpoints/step_*[0-9] | tail -n 1)" && $(PY) -m eval.scoreboard "$$CKPT" --own-only && \
+	$(MAKE) --no-print-directory sample report CKPT="$$CKPT"
 
 CURATE = --recipe $(RECIPE) --out $(OUT) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(MIRROR),--mirror $(MIRROR)) $(if $(INPUT),--input $(INPUT)) $(CURATE_ARGS)
 
@@ -77,8 +78,18 @@ data-report: setup  ## data card and HTML report of a data folder: make data-rep
 train: setup  ## train: make train SIZE=nano DATA=data/local RUN=runs/mine ARGS='--steps 100'
 	deepspeed --quiet --num_gpus=$(PROCESSES) train/launch.py --size $(SIZE) --data $(DATA) --run $(RUN) $(ARGS)
 
-eval: setup need-CKPT  ## score a checkpoint: make eval CKPT=runs/demo/checkpoints/step_0001600
-	$(PY) -m eval.scoreboard $(CKPT) $(EVAL_ARGS)
+eval: setup need-CKPT  ## score a checkpoint beside GPT-3: make eval CKPT=runs/demo/checkpoints/step_0001600 DATA=data/evals TASKS='piqa mmlu'
+	$(PY) -m eval.scoreboard $(CKPT) $(if $(findstring command,$(origin DATA)),--benchmarks $(DATA)) $(if $(TASKS),--tasks $(TASKS)) $(EVAL_ARGS)
+
+eval-diff: setup  ## two scored checkpoints, item by item: make eval-diff A=runs/a/checkpoints/step_0001600 B=runs/b/checkpoints/step_0001600
+	@[ -n "$(A)" ] && [ -n "$(B)" ] || { echo "error: two scored checkpoints are needed: make eval-diff A=... B=..." >&2; exit 2; }
+	$(PY) -m eval.diff $(A) $(B) $(DIFF_ARGS)
+
+eval-sandbox: setup  ## HumanEval's own solutions, which must all pass, in the sandbox: make eval-sandbox DATA=data/evals
+	$(PY) -m eval.humaneval $(if $(findstring command,$(origin DATA)),$(DATA),data/evals)/humaneval/test.jsonl
+
+eval-data: setup  ## the benchmarks' files, fetched and pinned: make eval-data DATA=data/evals [SOURCE=folder that has them]
+	$(PY) -m eval.task_data $(if $(filter file,$(origin DATA)),data/evals,$(DATA)) $(if $(SOURCE),--source $(SOURCE)) $(if $(TASKS),--tasks $(TASKS))
 
 sample: setup need-CKPT  ## text from a checkpoint: make sample CKPT=...
 	$(PY) -m eval.sample $(CKPT) $(SAMPLE_ARGS)

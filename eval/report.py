@@ -31,6 +31,7 @@ from curation.figures import (
     source_colors,
 )
 from curation.shards import manifest_sha256, new_file, read_manifest
+from eval.comparison import headline
 from eval.scoreboard import shown, verdict, with_error
 from train.run_dir import RunDir, read_json, read_metrics
 
@@ -62,6 +63,7 @@ def build_report(path):
         "shown": shown,
         "with_error": with_error,
         "verdict": verdict,
+        "headline": headline,
     }
     return environment.get_template("report.html.jinja").render(
         name=run.path.resolve().name,
@@ -71,6 +73,7 @@ def build_report(path):
         metrics=metrics,
         last=metrics[-1] if metrics else None,
         scores=history[-1] if history else None,
+        page_of_scores=f"step_{history[-1]['checkpoint']['step']:07d}.html" if history else None,
         sample=samples[-1] if samples else None,
         manifest=manifest,
         funnel=funnel_table(manifest) if manifest else None,

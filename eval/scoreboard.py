@@ -1,13 +1,19 @@
-"""Score a checkpoint with lm-eval on its data folder's held-out text and tasks, offline:
+"""Score a checkpoint on its data folder's held-out text and tasks, and on the public benchmarks, beside GPT-3:
 
     python -m eval.scoreboard runs/demo/checkpoints/step_0000400
+    python -m eval.scoreboard runs/demo/checkpoints/step_0000400 --benchmarks data/evals --tasks hellaswag piqa
+    python -m eval.scoreboard EleutherAI/pythia-1.4b --benchmarks data/evals
 
-Prints two tables and writes runs/demo/eval/step_0000400.json.
+Prints tables and writes runs/demo/eval/step_0000400.json; with benchmarks, also step_0000400.html, a page with
+pictures and samples, and the samples themselves under step_0000400/samples. The benchmarks are run where --benchmarks
+or --tasks is given, or data/evals is there. A model that is no checkpoint of ours has no held-out text, and what is
+written about it goes into scores/. Under torchrun several processes share the benchmarks.
 """
 
 import argparse
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -19,20 +25,29 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lm_eval.evaluator import evaluate
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from curation.shards import file_sha256, manifest_sha256, read_manifest, verify_files
+from curation.shards import file_sha256, manifest_sha256, new_file, read_manifest, verify_files
 from curation.tokenizer import load_tokenizer
-from eval.harness import TASKS, HarnessLM, build_tasks, task_name
+from eval.comparison import headline, make_board, read_samples
+from eval.contamination import benchmark_files, check_contamination, unclean_items
+from eval.harness import TASKS, HarnessLM, build_tasks, join_processes, run_tasks, task_name
+from eval.humaneval import judge
+from eval.intervals import NOT_COMPARABLE, perplexity, ratio, share
+from eval.models import DTYPES
+from eval.report_scores import build_page
+from eval.sandbox import SandboxError, check_sandbox
+from eval.task_data import BENCHMARKS, check_names
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
-from model.weights import load_checkpoint
+from model.weights import MANIFEST, load_checkpoint
 from train.run_dir import write_json
 
 FORMAT = 1
-Z95 = 1.96  # standard errors on each side of a 95 % interval
+BENCHMARK_DATA = Path("data/evals")  # where `make eval-data` writes
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -134,40 +149,7 @@ def run_lm_eval(lm, documents):
         return evaluate(lm, build_tasks(documents), bootstrap_iters=0, log_samples=True)["samples"]
 
 
-# ---- statistics
-
-
-def share(values):
-    """The mean of values between 0 and 1, its standard error (lm-eval's mean_stderr) and 95 % interval (Wilson's).
-
-    Wilson's interval stays between 0 and 1 and is not empty where all the values are alike. One value has neither.
-    """
-    values = np.asarray(values, float)
-    n, value = len(values), values.mean()
-    if n == 1:
-        return {"value": float(value), "stderr": None, "interval": None}
-    middle, reach = value + Z95**2 / (2 * n), Z95 * np.sqrt(value * (1 - value) / n + (Z95 / (2 * n)) ** 2)
-    interval = [float((middle + sign * reach) / (1 + Z95**2 / n)) for sign in (-1, 1)]
-    return {"value": float(value), "stderr": float(values.std(ddof=1) / np.sqrt(n)), "interval": interval}
-
-
-def ratio(numerators, denominators):
-    """sum / sum, its standard error over items by linearisation (survey sampling's ratio estimator), 95 % interval."""
-    a, b = np.asarray(numerators, float), np.asarray(denominators, float)
-    n, value = len(a), float(a.sum() / b.sum())
-    if n == 1:
-        return {"value": value, "stderr": None, "interval": None}
-    stderr = float(np.sqrt(np.square(a - value * b).sum() * n / (n - 1)) / b.sum())
-    return {"value": value, "stderr": stderr, "interval": [value - Z95 * stderr, value + Z95 * stderr]}
-
-
-def perplexity(nats):
-    """exp of the mean loss; its standard error by the delta method, its 95 % interval from that of the mean."""
-    loss = ratio(-np.asarray(nats, float), np.ones(len(nats)))
-    value = float(np.exp(loss["value"]))
-    if loss["stderr"] is None:
-        return {"value": value, "stderr": None, "interval": None}
-    return {"value": value, "stderr": value * loss["stderr"], "interval": np.exp(loss["interval"]).tolist()}
+# ---- own tasks
 
 
 def score_heldout(documents, samples, tokenizer):
@@ -252,6 +234,82 @@ def verdict(row):
     return f"Held-out bits per byte: {with_error(row)}, {relation}; unigram {row['unigram']:.3f}"
 
 
+def show_board(board, console):
+    """Print the scoreboard: ours, chance, and what is published for GPT-3 and others of about this size."""
+    model = board["model"]
+    console.print(f"{model['name']}: {model['parameters']:,} parameters")
+    table = Table(title="benchmarks, in percent", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("task", "metric", "items", "score", "95 %", "chance", "ties"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
+    for peer in board["peers"].values():
+        table.add_column(peer["model"] + ("" if peer["same_size"] else " *"), justify="right")
+    for row in board["rows"]:
+        score, tie = row["metrics"][row["metric"]], row["tie_rate"].get(row["metric"])
+        ends = " to ".join(f"{100 * end:.1f}" for end in score["interval"] or ())
+        table.add_row(
+            row["title"], row["metric"], f"{row['n']:,}", f"{100 * score['value']:.1f}", ends,
+            f"{100 * row['chance']:.0f}", "" if tie is None else f"{100 * tie:.1f}",
+            *(cell_text(cell, row["metric"]) for cell in row["columns"].values()),
+        )  # fmt: skip
+    console.print(table)
+    if not all(peer["same_size"] for peer in board["peers"].values()):
+        console.print("* of another size: shown, but not compared with")
+    for row in board["rows"]:
+        if row["clean"] and row["clean"]["left_out"]:
+            score = row["clean"]["metrics"].get(row["metric"])
+            clean = f"{100 * score['value']:.1f} on the other {row['clean']['n']:,}" if score else "no other is left"
+            console.print(f"{row['title']}: {row['clean']['left_out']:,} of the items not clean, {clean}")
+    console.print(headline(board))
+
+
+def cell_text(cell, metric):
+    """'54.7 ahead', with the metric where it is not the row's; the number alone where there is no verdict on it."""
+    number = f"{100 * cell['value']:.1f}" if "value" in cell else "-"
+    if cell["verdict"] == NOT_COMPARABLE:
+        return number
+    return f"{number} {cell['verdict']}" + ("" if cell["metric"] == metric else f" ({cell['metric']})")
+
+
+# ---- benchmarks
+
+
+def score_benchmarks(model, out, flags, data=None):
+    """Run the benchmarks, all ranks; on rank 0 the scoreboard (see eval.comparison.make_board), on others None.
+
+    out: folder for samples and kept answers. data: the data folder that the model was trained on, to look for the
+    items in; None: nobody looks.
+    """
+    names = check_names(flags.tasks)
+    if "humaneval" in names:
+        try:
+            check_sandbox()
+        except SandboxError as error:
+            others = " ".join(name for name in names if name != "humaneval")
+            raise SandboxError(f"humaneval: {error}; leave it out with --tasks {others}") from None
+    result = run_tasks(
+        model, names, data=flags.benchmarks, device=flags.device, limit=flags.limit, batch_size=flags.batch_size,
+        out=out, dtype=flags.dtype, size=flags.size,
+    )  # fmt: skip
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return None
+    if "humaneval" in names:
+        path = out / "samples/humaneval.jsonl"
+        items = read_samples(path)
+        judge(items)
+        with new_file(path) as file:
+            file.writelines((json.dumps(item, ensure_ascii=False) + "\n").encode() for item in items)
+    unclean = None
+    if data is not None:
+        report = check_contamination(data, benchmark_files(flags.benchmarks, names))
+        write_json(out / "contamination.json", report)
+        unclean = {name: unclean_items(report, name) for name in names}
+    board = make_board(result, out / "samples", unclean)
+    return board | {key: result[key] for key in ("data", "settings") if key in result}
+
+
+# ---- command line
+
+
 def eval_folder(checkpoint):
     """runs/<run>/eval of a checkpoint that lies in runs/<run>/checkpoints."""
     folder = Path(checkpoint.path).resolve().parent
@@ -262,34 +320,109 @@ def eval_folder(checkpoint):
     return folder.parent / "eval"
 
 
+def check_flags(flags):
+    """Fill in what depends on the machine; ValueError for a number or a combination that means nothing."""
+    if min(flags.batch_tokens, flags.batch_size, 1 if flags.limit is None else flags.limit) < 1:
+        raise ValueError(
+            f"--batch-tokens {flags.batch_tokens} --batch-size {flags.batch_size} --limit {flags.limit}: all must be "
+            "at least 1"
+        )
+    flags.device = flags.device or ("cpu" if DEVICE == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    if flags.own_only and (flags.benchmarks or flags.tasks or flags.contamination):
+        raise ValueError(
+            "--own-only leaves the benchmarks out, so --benchmarks, --tasks and --contamination say nothing"
+        )
+    if flags.benchmarks is None and not flags.own_only and BENCHMARK_DATA.is_dir():
+        flags.benchmarks = BENCHMARK_DATA
+    with_benchmarks = not flags.own_only and bool(flags.benchmarks or flags.tasks)
+    if flags.contamination and not flags.benchmarks:
+        raise ValueError(
+            "--contamination looks for the benchmarks' items, so it needs their files: --benchmarks FOLDER"
+        )
+    return with_benchmarks
+
+
+def run(flags):
+    """Score what the flags say; all ranks. Rank 0 writes and prints."""
+    with_benchmarks = check_flags(flags)
+    rank = join_processes()
+    is_ours = (Path(flags.checkpoint) / MANIFEST).is_file() or not with_benchmarks
+    checkpoint = load_checkpoint(flags.checkpoint) if is_ours else None
+    # a limited run must not stand where the report looks for the full one
+    suffix = "" if flags.limit is None else f".limit{flags.limit}"
+    if flags.out:
+        out = flags.out
+    elif is_ours:
+        out = eval_folder(checkpoint) / f"{Path(checkpoint.path).name}{suffix}.json"
+    else:
+        out = Path("scores") / f"{Path(flags.checkpoint).name}{suffix}.json"
+    folder = out.with_name(out.name.removesuffix(".json"))
+    if flags.contamination and not (is_ours or flags.data):
+        raise ValueError(
+            f"--contamination needs the data folder that {flags.checkpoint} was trained on: --data FOLDER"
+        )
+    scores = {"format": FORMAT}
+    if is_ours and rank == 0:
+        scores = score_checkpoint(
+            checkpoint, flags.data, limit=flags.limit, batch_tokens=flags.batch_tokens, device=flags.device
+        )
+    if with_benchmarks:
+        data = (flags.data or checkpoint.data["path"]) if flags.contamination else None
+        board = score_benchmarks(flags.checkpoint, folder, flags, data)
+    if rank > 0:
+        return
+    if with_benchmarks:
+        scores["benchmarks"] = board
+    write_json(out, scores)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    if is_ours:
+        show(scores, console)
+    if with_benchmarks:
+        show_board(board, console)
+        page = folder.with_name(f"{folder.name}.html")
+        with new_file(page) as file:
+            file.write(build_page(board, folder / "samples", scores).encode())
+        print(f"page with pictures and samples: {page}")
+    elif not flags.own_only:
+        print(f"the public benchmarks were left out: there is no {BENCHMARK_DATA}; `make eval-data` makes it")
+    print(f"written to {out}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m eval.scoreboard", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("checkpoint", help="a checkpoint folder: runs/<run>/checkpoints/step_...")
+    parser.add_argument("checkpoint", help="a checkpoint folder: runs/<run>/checkpoints/step_...; or a Hugging Face "
+                        "folder or name, for the benchmarks alone")  # fmt: skip
     parser.add_argument("--data", help="data folder; default: the one that the checkpoint was trained on")
+    parser.add_argument("--benchmarks", type=Path, help="folder of the benchmarks' files (make eval-data); default: "
+                        f"{BENCHMARK_DATA}, if it is there; with --tasks alone, and without it: the Hub")  # fmt: skip
+    parser.add_argument("--tasks", nargs="+", help=f"benchmarks, of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--own-only", action="store_true", help="held-out text and own tasks, no benchmarks")
+    parser.add_argument("--contamination", action="store_true",
+                        help="look for the items in the training text, and score the clean ones apart")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON file; default: runs/<run>/eval/<checkpoint>.json")
     parser.add_argument("--limit", type=int, help="only the first so many items of each task, for a quick look")
     parser.add_argument(
         "--batch-tokens", type=int, default=8192, help="positions a forward pass (default %(default)s)"
     )
-    parser.add_argument("--device", default=DEVICE, help="torch device (default here: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="of the benchmarks: texts a pass (default %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the benchmarks; default: float32 on a CPU, bfloat16 on a GPU"
+    )
+    parser.add_argument("--size", help="refuse a model that is not of this size, such as 1.3B")
+    parser.add_argument("--device", help="torch device (default: this process's GPU, else cpu)")
     flags = parser.parse_args(argv)
     try:
-        if min(flags.batch_tokens, 1 if flags.limit is None else flags.limit) < 1:
-            raise ValueError(f"--batch-tokens {flags.batch_tokens} --limit {flags.limit}: both must be at least 1")
-        checkpoint = load_checkpoint(flags.checkpoint)
-        # a limited run must not stand where the report looks for the full one
-        suffix = "" if flags.limit is None else f".limit{flags.limit}"
-        out = flags.out or eval_folder(checkpoint) / f"{Path(checkpoint.path).name}{suffix}.json"
-        scores = score_checkpoint(
-            checkpoint, flags.data, limit=flags.limit, batch_tokens=flags.batch_tokens, device=flags.device
-        )
-        write_json(out, scores)
+        run(flags)
     except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    show(scores, Console())
-    print(f"written to {out}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -82,6 +82,11 @@ class KVCache:
         start = [torch.full((t.shape[1],), n, device=t.device) for t, n in zip(kept, front, strict=True)]
         return cls(_Buffer(torch.cat(padded, dim=1)[:, rows]), length, torch.cat(start)[rows])
 
+    def take(self, rows):
+        """The cache of these rows (indices), in this order; a row may come several times."""
+        start = None if self.start is None else self.start[rows]
+        return KVCache(_Buffer(self.buffer.tensor[:, rows, : self.length]), self.length, start)
+
     @property
     def keys(self):
         return self.buffer.tensor[0, :, : self.length]

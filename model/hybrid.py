@@ -122,6 +122,14 @@ class HybridLM(nn.Module):
         """The decoding state before the first token: a dict a layer, filled by step; every tensor has b first."""
         return [{} for _ in self.layers]
 
+    def take_rows(self, state, rows):
+        """The state of these rows (indices), in this order; a row may come several times, to branch off it."""
+        rows = torch.as_tensor(rows, device=self.embedding.weight.device)
+        return [
+            {name: kept.take(rows) if name == "cache" else kept[rows] for name, kept in layer.items()}
+            for layer in state
+        ]
+
     def step(self, tokens, state, last=False):
         """Go on from `state` with tokens (b, l), l >= 1. Returns logits (b, l, vocab) in float32 and the new state.
 

@@ -1,0 +1,442 @@
+"""Log-probabilities of many texts, where a beginning that texts share is read once, and greedy continuations.
+
+    scorer = Scorer(load_model("runs/demo/checkpoints/step_0001600", device="cpu"))
+    [answer] = scorer.loglikelihoods([("The capital of France is", " Paris")])
+
+The texts make a tree: a node is a stretch of tokens that all texts below it have in common. What a model keeps of the
+tokens behind it (keys and values, the convolution's last inputs, the scan's state) is copied where the tree branches.
+"""
+
+import hashlib
+import json
+import sys
+from base64 import b64decode, b64encode
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+MIN_SHARED = 4  # tokens: reading fewer once more costs less than a batch of their own
+MAX_POSITIONS = 1 << 15  # of one forward pass, padding included; one text may have more
+MAX_LOGITS = 1 << 27  # of one forward pass: 512 MiB in float32; one text may have more
+NOT_FINITE = (
+    "the model gives a log-probability that is not finite, so no score of it means anything; "
+    "its weights have diverged or are damaged: take an earlier checkpoint"
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """nats of a continuation; greedy: at each of its tokens no other is as likely; how many tokens it has."""
+
+    nats: float
+    greedy: bool
+    n_tokens: int
+
+
+@dataclass(eq=False)
+class Node:
+    """tokens that follow the parent's. scored: (place in tokens, the token that comes next, the slot of its score)."""
+
+    tokens: list[int]
+    scored: list[tuple[int, int, int]]
+    children: list["Node"] = field(default_factory=list)
+
+    @property
+    def n_texts(self):
+        """Leaves below, or itself."""
+        return sum(child.n_texts for child in self.children) or 1
+
+    @property
+    def n_tokens(self):
+        return len(self.tokens) + sum(child.n_tokens for child in self.children)
+
+    @property
+    def slots(self):
+        """Of all scores at and below this node, in a fixed order."""
+        return [slot for _, _, slot in self.scored] + [slot for child in self.children for slot in child.slots]
+
+    @property
+    def content(self):
+        return [self.tokens, self.scored, [child.content for child in self.children]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Nodes that are read in one forward pass, with all below them, behind the nodes of `trunk`, which come first.
+
+    The unit that is handed to a process and kept when a run is killed. What is in a job does not depend on how many
+    processes there are, so neither do its scores, to the last bit.
+    """
+
+    trunk: tuple[Node, ...]
+    nodes: list[Node]
+
+    @property
+    def slots(self):
+        return [slot for node in self.nodes for slot in node.slots]
+
+    @property
+    def n_tokens(self):
+        return sum(node.n_tokens for node in self.nodes)
+
+    @property
+    def sha256(self):
+        content = [[node.tokens for node in self.trunk], [node.content for node in self.nodes]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+class Scorer:
+    """One way of asking a model, ours (eval/models.py's OwnModel) or transformers' (HFModel).
+
+    batch_size: texts in a forward pass. answers: an AnswerFile (eval/answers.py) that keeps what is done, or None.
+    forward_tokens: what the model read, without padding; forward_tokens_hf: what lm-eval's hf model would have, which
+    reads a text for each different context and continuation but the continuation's last token. n_truncated: prompts
+    that lost their beginning because they were longer than the model's seq_len.
+    With torch.distributed set up, every process calls the same methods with the same requests and gets all answers.
+    """
+
+    def __init__(self, model, *, batch_size=64, max_positions=MAX_POSITIONS, answers=None):
+        self.model, self.batch_size, self.max_positions, self.answers = model, batch_size, max_positions, answers
+        self.forward_tokens = self.forward_tokens_hf = self.n_truncated = 0
+        self._encoded, self._pairs = {}, {}  # of the requests at hand: a context comes with many continuations
+        self._trunk = []  # (node, state behind it): where the last job went on from
+
+    # ---- requests
+
+    def loglikelihoods(self, requests, what="scoring", extra=0):
+        """[Answer] of each (context, continuation).
+
+        extra: the last so many requests are not lm-eval's own, so its model would not read them.
+        """
+        pieces = [self.cut(*self.encode_pair(*request), request[1]) for request in requests]
+        self._encoded, self._pairs = {}, {}
+        theirs = {tuple(inputs) for inputs, _ in pieces[: len(pieces) - extra]}
+        self.forward_tokens_hf += sum(map(len, theirs))
+        scores = self.score(pieces, what)
+        return [Answer(*score, len(targets)) for score, (_, targets) in zip(scores, pieces, strict=True)]
+
+    def encode_pair(self, context, continuation):
+        """(context ids, continuation ids) by lm-eval's rule: spaces at the end of the context go to the continuation.
+
+        An empty context is the separator alone, or what the model's tokenizer has for it.
+        """
+        if context == "":
+            ids = self.model.encode_plain(continuation)
+            prefix = [self.model.prefix_id]
+            return (prefix, ids) if ids[:1] != prefix else (ids[:1], ids[1:])
+        if (context, continuation) not in self._pairs:
+            stripped = context.rstrip()
+            if stripped not in self._encoded:
+                self._encoded[stripped] = self.model.encode(stripped)
+            ids = self._encoded[stripped]
+            whole = self.model.encode(context + continuation)
+            self._pairs[context, continuation] = ids, whole[len(ids) :]
+        return self._pairs[context, continuation]
+
+    def fits(self, context, continuation):
+        context_ids, target_ids = self.encode_pair(context, continuation)
+        return len(context_ids) + len(target_ids) <= self.model.seq_len + 1
+
+    def cut(self, context_ids, target_ids, continuation):
+        """(inputs, targets) of one request; the inputs are the last seq_len of all tokens but the very last."""
+        if not target_ids:
+            raise ValueError(f"the continuation {continuation!r} adds no token to its context, so it cannot be scored")
+        if len(target_ids) > self.model.seq_len:
+            raise ValueError(
+                f"a continuation of {len(target_ids):,} tokens is longer than the model's {self.model.seq_len:,}"
+            )
+        ids = context_ids + target_ids
+        self.n_truncated += len(ids) > self.model.seq_len + 1
+        return ids[-(self.model.seq_len + 1) : -1], target_ids
+
+    # ---- log-probabilities
+
+    def score(self, pieces, what="scoring"):
+        """[(nats, greedy)] of each (inputs, targets): the targets are predicted by the last inputs.
+
+        Sums are float64 over float32 log-probabilities. Raises ValueError on one that is not finite, since an argmax
+        over NaN is choice 0.
+        """
+        ends = np.cumsum([len(targets) for _, targets in pieces], dtype=int)
+        starts = [0, *ends[:-1].tolist()]
+        nodes = build_tree(pieces, starts, MIN_SHARED if self.model.shares else None)
+        jobs = list(cut_into_jobs(nodes, self.batch_size, self.max_positions, self.max_scored))
+        trunks = {id(node): len(node.tokens) for job in jobs for node in job.trunk}
+        self.forward_tokens += sum(trunks.values()) + sum(job.n_tokens for job in jobs)
+        nats, greedy = np.zeros(ends[-1] if pieces else 0), np.zeros(ends[-1] if pieces else 0, bool)
+        self._trunk = []
+        for job, result in zip(jobs, self.run(jobs, self.score_job, what), strict=True):
+            nats[job.slots] = np.frombuffer(b64decode(result["nats"]), "<f4")
+            bits = np.frombuffer(b64decode(result["greedy"]), np.uint8)
+            greedy[job.slots] = np.unpackbits(bits, count=len(job.slots)).astype(bool)
+        self._trunk = []
+        return [(float(nats[a:b].sum()), bool(greedy[a:b].all())) for a, b in zip(starts, ends, strict=True)]
+
+    @property
+    def max_scored(self):
+        return max(1, MAX_LOGITS // self.model.vocab_size)
+
+    def run(self, jobs, do, what):
+        """[do(job)] of all jobs, each done by one process or found in the answers that are kept. All ranks.
+
+        do returns what JSON can hold.
+        """
+        n_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if n_ranks > 1 else 0
+        mine = [i for i, owner in enumerate(owners(jobs, n_ranks)) if owner == rank]
+        try:
+            done, problem = self.run_mine(jobs, mine, do, what, quiet=rank > 0), None
+        except ValueError as error:
+            if n_ranks == 1:
+                raise
+            done, problem = {}, str(error)
+        if n_ranks > 1:
+            gathered = [None] * n_ranks
+            dist.all_gather_object(gathered, (done, problem))  # every rank must come here, whatever went wrong
+            if problems := [text for _, text in gathered if text]:
+                raise ValueError(problems[0])
+            done = {i: result for part, _ in gathered for i, result in part.items()}
+        return [done[i] for i in range(len(jobs))]
+
+    @torch.inference_mode()
+    def run_mine(self, jobs, mine, do, what, quiet):
+        done = {}
+        every = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file gets a line now and then
+        total = sum(jobs[i].n_tokens for i in mine)
+        with tqdm(total=total, desc=what, unit="tok", unit_scale=True, mininterval=every, disable=quiet) as bar:
+            for i in mine:
+                key = jobs[i].sha256 if self.answers else None
+                result = self.answers.get(key) if self.answers else None
+                if result is None:
+                    try:
+                        result = do(jobs[i])
+                    except torch.cuda.OutOfMemoryError:
+                        raise ValueError(
+                            f"{self.batch_size} texts at once do not fit into the GPU's memory; give a smaller batch size"
+                        ) from None
+                    if self.answers:
+                        self.answers.add(key, result)
+                done[i] = result
+                bar.update(jobs[i].n_tokens)
+        return done
+
+    def score_job(self, job):
+        """{"nats", "greedy"} of the job's slots, packed."""
+        found = {}
+        self.read(job.nodes, self.state_behind(job.trunk), [0] * len(job.nodes), found)
+        nats = np.array([found[slot][0] for slot in job.slots], "<f4")
+        greedy = np.packbits([found[slot][1] for slot in job.slots])
+        return {"nats": b64encode(nats).decode(), "greedy": b64encode(greedy).decode()}
+
+    def state_behind(self, trunk):
+        """The state behind the last node of `trunk`, one row; None before the first token. Each is read alone."""
+        keep = 0
+        while keep < min(len(trunk), len(self._trunk)) and trunk[keep] is self._trunk[keep][0]:
+            keep += 1
+        del self._trunk[keep:]
+        for node in trunk[keep:]:
+            state = self._trunk[-1][1] if self._trunk else None
+            _, state = self.model.read([node.tokens], state, ([], []), keep=True)
+            self._trunk.append((node, state))
+        return self._trunk[-1][1] if self._trunk else None
+
+    def read(self, nodes, state, rows, found):
+        """Put {slot: (nats, greedy)} of nodes and all below them into `found`. Node i goes on from row rows[i]."""
+        places = sorted({(row, place) for row, node in enumerate(nodes) for place, _, _ in node.scored})
+        inner = bool(nodes[0].children)
+        if state is not None:
+            state = self.model.take(state, rows)
+        tokens = pad([node.tokens for node in nodes], self.model.prefix_id)
+        columns = ([row for row, _ in places], [place for _, place in places])
+        logits, state = self.model.read(tokens, state, columns, keep=inner)
+        if places:
+            self.look_up(logits, nodes, {place: i for i, place in enumerate(places)}, found)
+        del logits
+        if inner:
+            children = [(child, row) for row, node in enumerate(nodes) for child in node.children]
+            row_of = {id(child): row for child, row in children}
+            below = [child for child, _ in children]
+            for batch in batches(below, self.batch_size, self.max_positions, self.max_scored):
+                self.read(batch, state, [row_of[id(child)] for child in batch], found)
+
+    def look_up(self, logits, nodes, index, found):
+        """Scores of the nodes' targets from logits (places, vocab) in float32."""
+        asked = [
+            (index[row, place], target, slot) for row, node in enumerate(nodes) for place, target, slot in node.scored
+        ]
+        at = torch.tensor([i for i, _, _ in asked], device=logits.device)
+        targets = torch.tensor([target for _, target, _ in asked], device=logits.device)
+        chosen = logits[at, targets]
+        nats = chosen - logits.logsumexp(-1)[at]
+        if not nats.isfinite().all():
+            raise ValueError(NOT_FINITE)
+        best = logits.max(-1).values
+        how_many = (logits == best[:, None]).sum(-1)
+        greedy = (chosen == best[at]) & (how_many[at] == 1)
+        for (_, _, slot), value, first in zip(asked, nats.tolist(), greedy.tolist(), strict=True):
+            found[slot] = value, first
+
+    # ---- generation
+
+    def generate_until(self, requests):
+        """[text] that the model writes after each (context, options), the likeliest token each time.
+
+        options: lm-eval's generation_kwargs: `until`, strings that end the text and are not in it, and max_gen_toks.
+        The text also ends with the separator, or where the context and it fill the model's seq_len.
+        """
+        asked = []
+        for i, (context, options) in enumerate(requests):
+            until = [options["until"]] if isinstance(options.get("until"), str) else options.get("until", [])
+            most = options.get("max_gen_toks", 256)
+            ids = self.model.encode(context)
+            room = self.model.seq_len - min(most, self.model.seq_len // 2)
+            self.n_truncated += len(ids) > room
+            ids = ids[-room:]
+            asked.append((tuple(until), len(ids), i, ids, min(most, self.model.seq_len - len(ids))))
+        jobs = []
+        for _, same in groupby(sorted(asked), key=lambda prompt: (prompt[0], prompt[1] == 1)):
+            same = list(same)
+            jobs += [WritingJob(same[i : i + self.batch_size]) for i in range(0, len(same), self.batch_size)]
+        texts = [""] * len(asked)
+        for job, result in zip(jobs, self.run(jobs, self.write_job, "writing"), strict=True):
+            for (_, n_tokens, i, *_), text, n_written in zip(job.prompts, *result, strict=True):
+                texts[i] = text
+                self.forward_tokens += n_tokens + n_written
+                self.forward_tokens_hf += n_tokens + n_written
+        return texts
+
+    def write_job(self, job):
+        """[texts, the number of tokens of each]"""
+        until = job.prompts[0][0]
+        written = self.model.write([ids for *_, ids, _ in job.prompts], [most for *_, most in job.prompts], until)
+        texts = []
+        for ids in written:
+            text = self.model.decode(ids)
+            texts.append(text[: min([text.find(stop) for stop in until if stop in text], default=len(text))])
+        return [texts, [len(ids) for ids in written]]
+
+
+@dataclass(frozen=True)
+class WritingJob:
+    """Prompts that are continued together: (until, number of ids, index, ids, how many tokens to write at most)."""
+
+    prompts: list[tuple]
+
+    @property
+    def n_tokens(self):
+        return sum(n for _, n, *_ in self.prompts)
+
+    @property
+    def sha256(self):
+        return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+
+
+def owners(jobs, n_ranks):
+    """The rank of each job: stretches of about equal cost, so that neighbours, which share a trunk, stay together."""
+    cost = np.array([job.n_tokens for job in jobs], float)
+    middle = (cost.cumsum() - cost / 2) / max(cost.sum(), 1)
+    return np.minimum((middle * n_ranks).astype(int), n_ranks - 1).tolist()
+
+
+# ---- the tree
+
+
+def build_tree(pieces, starts, min_shared):
+    """The nodes from which all of the pieces (inputs, targets) begin; the scores of piece i go to starts[i] and on.
+
+    A stretch shorter than min_shared tokens is read with each of the texts that share it, None: all are. Texts that
+    are equal are one leaf all the same.
+    """
+    order = sorted(range(len(pieces)), key=lambda i: pieces[i][0])
+    texts = [pieces[i][0] for i in order]
+
+    def node(lo, hi, start, end):
+        scored = []
+        for i in order[lo:hi]:
+            inputs, targets = pieces[i]
+            first = len(inputs) - len(targets)
+            places = range(max(first, start), min(len(inputs), end))
+            scored += [(place - start, targets[place - first], starts[i] + place - first) for place in places]
+        return Node(texts[lo][start:end], scored)
+
+    def nodes(lo, hi, start, shared):
+        """Of texts[lo:hi], which agree on `shared` tokens, of which `start` are read."""
+        end = shared_length(texts[lo], texts[hi - 1], shared)
+        if end == len(texts[hi - 1]):  # sorted, so all of them are this text
+            return [node(lo, hi, start, end)] if end > start else []
+        keep = min_shared is not None and end - start >= min_shared
+        begin = end if keep else start
+        below, at = [], lo
+        while at < hi:
+            stop = at + 1
+            while stop < hi and texts[stop][end : end + 1] == texts[at][end : end + 1]:
+                stop += 1
+            below += nodes(at, stop, begin, end)
+            at = stop
+        if not keep:
+            return below
+        here = node(lo, hi, start, end)
+        here.children = below
+        return [here]
+
+    return nodes(0, len(texts), 0, 0) if texts else []
+
+
+def shared_length(a, b, least):
+    """How many tokens a and b begin with alike, knowing that it is at least `least`."""
+    most = min(len(a), len(b))
+    if a[least:most] == b[least:most]:
+        return most
+    while least < most - 1:  # they agree on `least`, and not on `most`
+        middle = (least + most) // 2
+        if a[least:middle] == b[least:middle]:
+            least = middle
+        else:
+            most = middle
+    return least
+
+
+def cut_into_jobs(nodes, batch_size, max_positions, max_scored, trunk=()):
+    """Yield the jobs that read all of nodes, once each.
+
+    A node with more texts below than a batch has rows becomes trunk: it is read alone, by every process that needs it.
+    """
+    small = []
+    for node in nodes:
+        if node.n_texts <= batch_size or not node.children:
+            small.append(node)
+            continue
+        if node.scored:
+            small.append(Node(node.tokens, node.scored))
+        yield from cut_into_jobs(node.children, batch_size, max_positions, max_scored, (*trunk, node))
+    for batch in batches(small, batch_size, max_positions, max_scored):
+        yield Job(trunk, batch)
+
+
+def batches(nodes, batch_size, max_positions, max_scored):
+    """Yield the nodes in batches: leaves padded on the right, where a causal model does not see it.
+
+    Nodes that others go on from are batched by length, since padding would enter what the model keeps of them.
+    """
+    inner = sorted((node for node in nodes if node.children), key=lambda node: len(node.tokens))
+    leaves = sorted((node for node in nodes if not node.children), key=lambda node: -len(node.tokens))
+    for group in [list(same) for _, same in groupby(inner, key=lambda node: len(node.tokens))] + [leaves]:
+        batch, n_scored = [], 0
+        for node in group:
+            full = (len(batch) + 1) * len((batch or [node])[0].tokens) > max_positions
+            if batch and (len(batch) == batch_size or full or n_scored + len(node.scored) > max_scored):
+                yield batch
+                batch, n_scored = [], 0
+            batch.append(node)
+            n_scored += len(node.scored)
+        if batch:
+            yield batch
+
+
+def pad(rows, filler):
+    length = max(map(len, rows))
+    return [row + [filler] * (length - len(row)) for row in rows]
