@@ -347,10 +347,13 @@ def build_tree(pieces, starts, share):
     """The nodes from which all of the pieces (inputs, targets) begin; the scores of piece i go to starts[i] and on.
 
     A shared stretch is a node of its own where reading it once pays (worth_it), and else is read with each of the
-    texts behind it; so are all of them unless share. Texts that are equal are one leaf all the same.
+    texts behind it; so are all of them unless share. A text that others go on from is scored within one of them.
     """
     order = sorted(range(len(pieces)), key=lambda i: pieces[i][0])
     texts = [pieces[i][0] for i in order]
+    for i in reversed(range(len(texts) - 1)):
+        if texts[i + 1][: len(texts[i])] == texts[i]:
+            texts[i] = texts[i + 1]
 
     def node(lo, hi, start, end):
         scored = []
@@ -364,12 +367,12 @@ def build_tree(pieces, starts, share):
     def nodes(lo, hi, start):
         """Of texts[lo:hi], which agree on the first `start` tokens, from there on."""
         end = shared_length(texts[lo], texts[hi - 1], start)
-        if end == len(texts[hi - 1]):  # sorted, so all of them are this text
-            return [node(lo, hi, start, end)] if end > start else []
+        if end == len(texts[lo]):  # none is the beginning of another, so all of them are this text
+            return [node(lo, hi, start, end)]
         here, at = node(lo, hi, start, end), lo
         while at < hi:
             stop = at + 1
-            while stop < hi and texts[stop][end : end + 1] == texts[at][end : end + 1]:
+            while stop < hi and texts[stop][end] == texts[at][end]:
                 stop += 1
             here.children += nodes(at, stop, end)
             at = stop

@@ -82,7 +82,8 @@ def test_tree_holds_every_score_once_and_no_stretch_twice():
     for share in (False, True):
         pieces = []
         for _ in range(200):
-            inputs = [draw.randint(0, 1) for _ in range(draw.randint(1, 12))]
+            stem = [draw.randint(0, 2)] * 20  # one of three
+            inputs = (stem + [draw.randint(0, 1) for _ in range(8)])[: draw.randint(1, 28)]
             pieces.append((inputs, [draw.randint(0, 9) for _ in range(draw.randint(1, len(inputs)))]))
         starts = [sum(len(targets) for _, targets in pieces[:i]) for i in range(len(pieces))]
         nodes = build_tree(pieces, starts, share)
@@ -103,7 +104,7 @@ def test_tree_holds_every_score_once_and_no_stretch_twice():
         n_tokens = sum(node.n_tokens for node in nodes)
         texts = {tuple(inputs) for inputs, _ in pieces}
         longest = [text for text in texts if not any(text == other[: len(text)] for other in texts - {text})]
-        assert n_tokens < 0.9 * sum(map(len, longest)) if share else n_tokens == sum(map(len, longest))
+        assert n_tokens < 0.6 * sum(map(len, longest)) if share else n_tokens == sum(map(len, longest))
         for batch_size in (1, 4):
             slots = [slot for job in cut_into_jobs(nodes, batch_size, 64, 64) for slot in job.slots]
             assert sorted(slots) == list(range(len(found)))
