@@ -565,6 +565,7 @@ def main(argv=None):
         if not 1 <= options.min_hosts <= len(options.hosts):
             raise ValueError(f"--min-hosts {options.min_hosts} of {len(options.hosts)} hosts; allowed: 1 to all")
         config = parse_run([flag for flag in flags if flag != "--preflight"])  # which is no field of it
+        get_preset(config.size)  # before the run's folder is made
         held = lock(RunDir(Path(config.run)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -204,6 +204,7 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it_and_bad_lines_are_named(tmp_pa
         (["--hostfile", "nowhere", "--", "--size", "tiny", "--data", "d"], "nowhere"),
         (["--min-hosts", "2", "--", "--size", "tiny", "--data", "d"], "--min-hosts 2 of 1 hosts"),
         (["--env", "A", "--", "--size", "tiny", "--data", "d"], "--env A is not NAME=VALUE"),
+        (["--", "--size", "9B", "--data", "d"], "9B"),
         (["--", "--data", "d"], "neither --size nor --preset"),
     ],
 )
