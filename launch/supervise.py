@@ -444,6 +444,8 @@ def lay_out(config, slots, min_hosts):
         if sequences % world_size == 0:
             largest = config.micro_batch or defaults["micro_batch"]
             share = sequences // world_size
+            if largest == "auto":  # worked out again for so many processes
+                return names, largest
             return names, next(m for m in range(min(largest, share), 0, -1) if share % m == 0)
     raise ValueError(
         f"{len(slots)} of the hosts answer ({', '.join(slots)}), --min-hosts is {min_hosts}, and a batch of "
@@ -562,7 +564,8 @@ def main(argv=None):
         )
         if not 1 <= options.min_hosts <= len(options.hosts):
             raise ValueError(f"--min-hosts {options.min_hosts} of {len(options.hosts)} hosts; allowed: 1 to all")
-        config = parse_run(flags)
+        config = parse_run([flag for flag in flags if flag != "--preflight"])  # which is no field of it
+        get_preset(config.size)  # before the run's folder is made
         held = lock(RunDir(Path(config.run)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

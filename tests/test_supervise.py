@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from launching import ROOT
@@ -176,6 +177,7 @@ def test_fewer_hosts_are_used_only_as_far_as_the_batch_divides():
     assert lay_out(config, {"a": 4, "b": 4}, 1) == (["a", "b"], 3)
     assert lay_out(config, {"a": 2, "b": 5, "c": 1}, 1) == (["a", "b", "c"], 3)
     assert lay_out(config, {"a": 2, "b": 5}, 1) == (["a"], 4)
+    assert lay_out(replace(config, micro_batch="auto"), {"a": 2, "b": 2}, 1) == (["a", "b"], "auto")
     with pytest.raises(ValueError, match="24 sequences must divide over their processes"):
         lay_out(config, {"a": 2, "b": 5}, 2)
 
@@ -202,6 +204,7 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it_and_bad_lines_are_named(tmp_pa
         (["--hostfile", "nowhere", "--", "--size", "tiny", "--data", "d"], "nowhere"),
         (["--min-hosts", "2", "--", "--size", "tiny", "--data", "d"], "--min-hosts 2 of 1 hosts"),
         (["--env", "A", "--", "--size", "tiny", "--data", "d"], "--env A is not NAME=VALUE"),
+        (["--", "--size", "9B", "--data", "d"], "9B"),
         (["--", "--data", "d"], "neither --size nor --preset"),
     ],
 )
