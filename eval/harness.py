@@ -192,6 +192,7 @@ class Item:
     choices: list[str] | None
     gold: int | str
     unconditional: list = field(default_factory=list)
+    lm_evals: list = field(default_factory=list)  # its requests, which have all shots even if their beginning is lost
 
 
 def run_tasks(model_spec, tasks, *, data=None, device, limit=None, batch_size=64, out, dtype=None, size=None):
@@ -257,7 +258,8 @@ def run_task(name, scorer, data, limit):
         items = list(asked_items(name, scorer, data, limit))
     asked = [request for item in items for request in item.requests]
     beside = [request for item in items for request in item.unconditional]
-    answers = iter(scorer.loglikelihoods(asked + beside, name, extra=len(beside)))
+    theirs = [request for item in items for request in item.lm_evals]
+    answers = iter(scorer.loglikelihoods(asked + beside, name, theirs))
     given = [[next(answers) for _ in item.requests] for item in items]
     alone = [[next(answers) for _ in item.unconditional] for item in items]
     return [sample_of(name, *parts) for parts in zip(items, given, alone, strict=True)]
@@ -270,19 +272,21 @@ def asked_items(name, scorer, data, limit):
         task.set_fewshot_seed(SEED)
         shots = task.config.num_fewshot
         for doc_id, doc in task.doc_iterator(limit=limit):
+            tried = []
             for n_shots in range(shots, -1, -1):
                 prompt = task.fewshot_context(doc, num_fewshot=n_shots)
                 instances = task.construct_requests(doc=doc, ctx=prompt, metadata=(name, doc_id, 1))
                 instances = instances if isinstance(instances, list) else [instances]
-                requests = [instance.args for instance in instances]
-                if all(scorer.fits(*request) for request in requests):
+                tried.append([instance.args for instance in instances])
+                if all(scorer.fits(*request) for request in tried[-1]):
                     break
+            requests = tried[-1]
             several = task.OUTPUT_TYPE == "multiple_choice"
             choices = list(task.doc_to_choice(doc)) if several else None
             gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
             yield Item(
                 group=group, doc_id=doc_id, doc=doc, shots=n_shots, dropped_shots=shots - n_shots,
-                requests=requests, choices=choices,
+                requests=requests, choices=choices, lm_evals=tried[0],
                 gold=choices.index(gold) if several and isinstance(gold, str) else gold,
                 unconditional=[(context, continuation) for _, continuation in requests] if context else [],
             )  # fmt: skip

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-MIN_SHARED = 4  # tokens: reading fewer once more costs less than a batch of their own
+MIN_SHARED = 4  # tokens, and
+MIN_SAVED = 1 / 12  # of what would be read: a stretch that saves less costs more in smaller batches than it spares
 MAX_POSITIONS = 1 << 15  # of one forward pass, padding included; one text may have more
 MAX_LOGITS = 1 << 27  # of one forward pass: 512 MiB in float32; one text may have more
 NOT_FINITE = (
@@ -107,15 +108,14 @@ class Scorer:
 
     # ---- requests
 
-    def loglikelihoods(self, requests, what="scoring", extra=0):
-        """[Answer] of each (context, continuation).
-
-        extra: the last so many requests are not lm-eval's own, so its model would not read them.
-        """
+    def loglikelihoods(self, requests, what="scoring", theirs=None):
+        """[Answer] of each (context, continuation). theirs: the requests that lm-eval would make, if not these."""
         pieces = [self.cut(*self.encode_pair(*request), request[1]) for request in requests]
+        self.n_truncated += sum(not self.fits(*request) for request in requests)
+        asked = requests if theirs is None else theirs
+        read = {tuple(self.cut(*self.encode_pair(*request), request[1])[0]) for request in asked}
+        self.forward_tokens_hf += sum(map(len, read))
         self._encoded, self._pairs = {}, {}
-        theirs = {tuple(inputs) for inputs, _ in pieces[: len(pieces) - extra]}
-        self.forward_tokens_hf += sum(map(len, theirs))
         scores = self.score(pieces, what)
         return [Answer(*score, len(targets)) for score, (_, targets) in zip(scores, pieces, strict=True)]
 
@@ -149,9 +149,7 @@ class Scorer:
             raise ValueError(
                 f"a continuation of {len(target_ids):,} tokens is longer than the model's {self.model.seq_len:,}"
             )
-        ids = context_ids + target_ids
-        self.n_truncated += len(ids) > self.model.seq_len + 1
-        return ids[-(self.model.seq_len + 1) : -1], target_ids
+        return (context_ids + target_ids)[-(self.model.seq_len + 1) : -1], target_ids
 
     # ---- log-probabilities
 
@@ -163,7 +161,7 @@ class Scorer:
         """
         ends = np.cumsum([len(targets) for _, targets in pieces], dtype=int)
         starts = [0, *ends[:-1].tolist()]
-        nodes = build_tree(pieces, starts, MIN_SHARED if self.model.shares else None)
+        nodes = build_tree(pieces, starts, self.model.shares)
         jobs = list(cut_into_jobs(nodes, self.batch_size, self.max_positions, self.max_scored))
         trunks = {id(node): len(node.tokens) for job in jobs for node in job.trunk}
         self.forward_tokens += sum(trunks.values()) + sum(job.n_tokens for job in jobs)
@@ -216,7 +214,7 @@ class Scorer:
                         result = do(jobs[i])
                     except torch.cuda.OutOfMemoryError:
                         raise ValueError(
-                            f"{self.batch_size} texts at once do not fit into the GPU's memory; give a smaller batch size"
+                            f"{self.batch_size} texts at once do not fit into the GPU; give a smaller batch size"
                         ) from None
                     if self.answers:
                         self.answers.add(key, result)
@@ -345,14 +343,17 @@ def owners(jobs, n_ranks):
 # ---- the tree
 
 
-def build_tree(pieces, starts, min_shared):
+def build_tree(pieces, starts, share):
     """The nodes from which all of the pieces (inputs, targets) begin; the scores of piece i go to starts[i] and on.
 
-    A stretch shorter than min_shared tokens is read with each of the texts that share it, None: all are. Texts that
-    are equal are one leaf all the same.
+    A shared stretch is a node of its own where reading it once pays (worth_it), and else is read with each of the
+    texts behind it; so are all of them unless share. A text that others go on from is scored within one of them.
     """
     order = sorted(range(len(pieces)), key=lambda i: pieces[i][0])
     texts = [pieces[i][0] for i in order]
+    for i in reversed(range(len(texts) - 1)):
+        if texts[i + 1][: len(texts[i])] == texts[i]:
+            texts[i] = texts[i + 1]
 
     def node(lo, hi, start, end):
         scored = []
@@ -363,27 +364,37 @@ def build_tree(pieces, starts, min_shared):
             scored += [(place - start, targets[place - first], starts[i] + place - first) for place in places]
         return Node(texts[lo][start:end], scored)
 
-    def nodes(lo, hi, start, shared):
-        """Of texts[lo:hi], which agree on `shared` tokens, of which `start` are read."""
-        end = shared_length(texts[lo], texts[hi - 1], shared)
-        if end == len(texts[hi - 1]):  # sorted, so all of them are this text
-            return [node(lo, hi, start, end)] if end > start else []
-        keep = min_shared is not None and end - start >= min_shared
-        begin = end if keep else start
-        below, at = [], lo
+    def nodes(lo, hi, start):
+        """Of texts[lo:hi], which agree on the first `start` tokens, from there on."""
+        end = shared_length(texts[lo], texts[hi - 1], start)
+        if end == len(texts[lo]):  # none is the beginning of another, so all of them are this text
+            return [node(lo, hi, start, end)]
+        here, at = node(lo, hi, start, end), lo
         while at < hi:
             stop = at + 1
-            while stop < hi and texts[stop][end : end + 1] == texts[at][end : end + 1]:
+            while stop < hi and texts[stop][end] == texts[at][end]:
                 stop += 1
-            below += nodes(at, stop, begin, end)
+            here.children += nodes(at, stop, end)
             at = stop
-        if not keep:
-            return below
-        here = node(lo, hi, start, end)
-        here.children = below
-        return [here]
+        return [here] if share and worth_it(here) else put_before(here, here.children)
 
-    return nodes(0, len(texts), 0, 0) if texts else []
+    return nodes(0, len(texts), 0) if texts else []
+
+
+def worth_it(node):
+    """Whether reading the node's tokens once, and not with each child, saves enough."""
+    n, n_children = len(node.tokens), len(node.children)
+    return n >= MIN_SHARED and n * (n_children - 1) >= MIN_SAVED * (node.n_tokens + n * (n_children - 1))
+
+
+def put_before(node, children):
+    """The children, each with the node's tokens in front; one of them, no matter which, has its scores."""
+    n = len(node.tokens)
+    for child in children:
+        child.tokens = node.tokens + child.tokens
+        child.scored = [(place + n, target, slot) for place, target, slot in child.scored]
+    children[0].scored = node.scored + children[0].scored
+    return children
 
 
 def shared_length(a, b, least):
