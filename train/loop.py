@@ -71,14 +71,14 @@ def train(config, origins=None, explain_for=None):
     check_new_or_resumed(run_dir, config.resume, record)
     initial = None
     if config.init_from and not (config.resume and run_dir.checkpoints()):
-        initial = open_weights(config.init_from, plan.model, data.tokenizer_file)
+        initial = open_weights(config.init_from, plan.model, data.tokenizer_file, rank, world_size)
 
     stop = Stop()
     start_processes(rank, world_size, config.timeout_minutes)
     device = deepspeed.get_accelerator().current_device_name()
     checkpoint = newest_whole(run_dir, say=say_on(rank)) if config.resume else None
     if config.init_from and not (checkpoint or initial):  # every checkpoint of the run's own is damaged
-        initial = open_weights(config.init_from, plan.model, data.tokenizer_file)
+        initial = open_weights(config.init_from, plan.model, data.tokenizer_file, rank, world_size)
     step = checkpoint.step if checkpoint else 0
     metrics = None
     if rank == 0:

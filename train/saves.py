@@ -55,7 +55,10 @@ class Saves:
         if self.metrics:
             if self.heldout_loss is not None:
                 self.losses[self.run_dir.checkpoint(self.step).name] = self.heldout_loss
-            delete_old(self.run_dir, self.keep, self.losses)
+            try:
+                delete_old(self.run_dir, self.keep, self.losses)
+            except OSError as error:
+                self.metrics.event("save_failed", self.step, f"old checkpoints could not be deleted: {error}")
 
 
 def go_back(run_dir, step, guard, returns, metrics, say):
