@@ -73,7 +73,7 @@ def measure(point, ds_config):
     import torch.distributed as dist
 
     from train.engine import complete_ds_config, make_engine, read_ds_config, set_learning_rate
-    from train.loop import start_processes
+    from train.processes import start_processes
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     config, plan = plan_of(point, world_size, ds_config)

@@ -59,7 +59,7 @@ def norms_of(data, name, grad_accum):
 
 
 def main(data, out):
-    from train.loop import start_processes
+    from train.processes import start_processes
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     start_processes(rank, world_size, 5)

@@ -88,8 +88,8 @@ def measure(flags, rank, world_size):
 
     from train.checkpoint import BackgroundSave, gather
     from train.engine import complete_ds_config, default_ds_config, make_engine, read_ds_config, set_learning_rate
-    from train.processes import start_processes
     from train.optim import check_optimizer
+    from train.processes import start_processes
     from train.run_dir import RunDir, remove_folder
 
     model = get_preset(flags.size)
