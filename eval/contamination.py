@@ -50,6 +50,7 @@ FORMAT = 1
 WORDS = 13  # Brown et al. 2020, appendix C
 FEWEST = 3  # words of a question with its answer; they used 8, and so could not tell of shorter items
 MAX_ITEMS = 16  # a run that more items have is the form of a question; ten of MMLU may share a passage
+SMALL = 5_000_000  # tokens, which take less time than starting a process
 BITS = 27  # 16 MiB say of nearly every run of the training text that no item has it
 
 
@@ -200,7 +201,7 @@ def search_shard(path):
 def search(data, items, workers=None):
     """(overlap of each item (items,), {number of an item: (evidence, shard, document, text)}, {numbers in the index}).
 
-    workers: processes; default: one a core, and none for a single shard.
+    workers: processes; default: one a core, or one where the text is small.
     """
     data = Path(data)
     manifest = read_manifest(data)
@@ -213,7 +214,8 @@ def search(data, items, workers=None):
         index = Path(folder) / "items.index"
         build_index(items, index)
         given = (table, index, data / manifest["tokenizer"]["file"])
-        workers = min(workers or len(os.sched_getaffinity(0)), len(shards))
+        is_small = manifest["splits"]["train"]["tokens"] < SMALL
+        workers = min(workers or (1 if is_small else len(os.sched_getaffinity(0))), len(shards))
         pool = None
         if workers > 1:
             spawn = multiprocessing.get_context("spawn")
@@ -282,7 +284,7 @@ def main(argv=None):
     )
     parser.add_argument("--tasks", nargs="+", help="benchmarks; default: all")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--workers", type=int, help="processes; default: one a core")
+    parser.add_argument("--workers", type=int, help="processes; default: one a core, or one for little text")
     flags = parser.parse_args(argv)
     try:
         report = check_contamination(flags.data, benchmark_files(flags.benchmarks, flags.tasks), flags.workers)

@@ -345,7 +345,7 @@ def check_flags(flags):
 def run(flags):
     """Score what the flags say; all ranks. Rank 0 writes and prints."""
     with_benchmarks = check_flags(flags)
-    rank = join_processes()
+    rank = int(os.environ.get("RANK", 0))
     is_ours = (Path(flags.checkpoint) / MANIFEST).is_file() or not with_benchmarks
     checkpoint = load_checkpoint(flags.checkpoint) if is_ours else None
     # a limited run must not stand where the report looks for the full one
@@ -362,11 +362,12 @@ def run(flags):
             f"--contamination needs the data folder that {flags.checkpoint} was trained on: --data FOLDER"
         )
     scores = {"format": FORMAT}
-    if is_ours and rank == 0:
+    if is_ours and rank == 0:  # before the processes are joined: it is small, and one process does it
         scores = score_checkpoint(
             checkpoint, flags.data, limit=flags.limit, batch_tokens=flags.batch_tokens, device=flags.device
         )
     if with_benchmarks:
+        join_processes()
         data = (flags.data or checkpoint.data["path"]) if flags.contamination else None
         board = score_benchmarks(flags.checkpoint, folder, flags, data)
     if rank > 0:

@@ -27,6 +27,7 @@ from typing import Any
 
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a store that does not answer is one line of ours, not pages
 
 import torch
 import torch.distributed as dist

@@ -21,15 +21,21 @@ RUN = ["--size", "tiny", "--steps", "4"]
 LIMITS = argparse.Namespace(least_of_median=0.85, least_of_peak=0.6, least_of_link=0.3, network_gb_s=0.0)
 
 
-def start(ranks, *flags, faults=None, run=(), world_size=None):
-    """Start a process for each rank, each a node of its own. faults: {rank: what is wrong with it}."""
+def start(ranks, *flags, faults=None, run=(), world_size=None, address="127.0.0.1", hosts=None):
+    """Start a process for each rank, each a node of its own. faults: {rank: what is wrong with it}.
+
+    hosts: network namespaces, one a rank.
+    """
     processes, port, faults = {}, free_pair(), faults or {}
     for rank in ranks:
         place = {
             "RANK": rank, "WORLD_SIZE": world_size or len(ranks), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
-            "GROUP_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "GROUP_RANK": rank, "MASTER_ADDR": address, "MASTER_PORT": port,
         }  # fmt: skip
-        command = [sys.executable, "tests/doctor_worker.py", faults.get(rank, "none"), *map(str, flags)]
+        if hosts:
+            place["GLOO_SOCKET_IFNAME"] = "eth0"
+        command = ["ip", "netns", "exec", hosts[rank]] if hosts else []
+        command += [sys.executable, "tests/doctor_worker.py", faults.get(rank, "none"), *map(str, flags)]
         processes[rank] = subprocess.Popen(
             [*command, "--", *map(str, run[rank])] if run else command,
             cwd=ROOT, env=os.environ | {name: str(value) for name, value in place.items()},
@@ -118,6 +124,48 @@ def test_frozen_nodes_other_versions_and_a_wrong_clock_are_named_and_the_others_
     assert "frozen: rank 2 joined and then fell silent for 5 s" in out
     assert "halted: rank 3 fell silent in the tests of the links" in out
     assert out.splitlines()[-1] == "preflight: 3 of 4 nodes broken or slow: old, frozen, halted"
+
+
+def ip(*words, check=True):
+    return subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
+
+
+@pytest.fixture
+def three_hosts():
+    """Network namespaces at 10.80.0.1 to 3, joined by a bridge in a fourth."""
+    if os.geteuid() or not all(map(shutil.which, ("ip", "tc"))):
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"braidE{i}" for i in range(3)]
+    for name in [*names, "braidE"]:
+        ip("netns", "del", name, check=False)
+    try:
+        ip("netns", "add", "braidE")
+        ip("-n", "braidE", "link", "add", "br0", "type", "bridge")
+        ip("-n", "braidE", "link", "set", "br0", "up")
+        for i, name in enumerate(names):
+            ip("netns", "add", name)
+            ip("-n", "braidE", "link", "add", f"port{i}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("-n", name, "addr", "add", f"10.80.0.{i + 1}/24", "dev", "eth0")
+            for where, link in ((name, "lo"), (name, "eth0"), ("braidE", f"port{i}")):
+                ip("-n", where, "link", "set", link, "up")
+            ip("-n", "braidE", "link", "set", f"port{i}", "master", "br0")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+    yield names
+    for name in [*names, "braidE"]:
+        ip("netns", "del", name, check=False)
+
+
+def test_host_with_a_slow_network_is_named_and_its_neighbours_are_not(three_hosts):
+    limit = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "200mbit", "burst", "64kb", "latency", "50ms"]
+    limited = subprocess.run(["ip", "netns", "exec", three_hosts[1], *limit], capture_output=True, text=True)
+    if limited.returncode:
+        pytest.skip(f"the kernel cannot limit a rate: {limited.stderr.strip()}")
+    flags = ["--hosts", "left,slow,right", "--least-of-median", 0.2]
+    code, out, err = finish(start(range(3), *flags, address="10.80.0.1", hosts=three_hosts))[0]
+    assert code == 1, err
+    assert "slow: rank 1: the best link to another node runs at 0.02" in out  # 200 Mbit/s are 0.025 GB/s
+    assert out.splitlines()[-1] == "preflight: 1 of 3 nodes broken or slow: slow"
 
 
 def test_node_that_never_joins_is_named():

@@ -2,8 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
+from launching import ROOT, free_port
 from small_run import make_data, make_model, make_run
 from small_scores import make_items, result_of, write_items
 
@@ -212,3 +215,23 @@ def test_model_of_hugging_face_is_scored_by_the_same_command(checkpoint, benchma
         assert {m: s["value"] for m, s in theirs["metrics"].items()} == {
             m: s["value"] for m, s in own["metrics"].items()
         }
+
+
+def test_two_processes_give_the_scoreboard_of_one(checkpoint, benchmarks, tmp_path):
+    tasks = ["--benchmarks", str(benchmarks), "--tasks", "piqa", "openbookqa"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    both = [*command, "-m", "eval.scoreboard", str(checkpoint), *tasks, "--out", str(tmp_path / "two.json")]
+    result = subprocess.run(both, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("held-out bits per byte") == result.stdout.count("benchmarks, in percent") == 1
+    assert scoreboard.main([str(checkpoint), *tasks, "--out", str(tmp_path / "one.json")]) == 0
+    one, two = (json.loads((tmp_path / name).read_text())["benchmarks"]["rows"] for name in ("one.json", "two.json"))
+    assert one == two
