@@ -558,7 +558,7 @@ def main(argv=None):
         prog="python -m launch.drill", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--short", action="store_true", help="three faults, in about a minute")
+    parser.add_argument("--short", action="store_true", help="three faults: about two minutes on two busy cores")
     parser.add_argument("--only", action="append", choices=names, help="one fault; may be given again")
     parser.add_argument("--keep", type=Path, help="a new folder for the runs and their logs, which stays")
     options = parser.parse_args(argv)
