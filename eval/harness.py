@@ -35,6 +35,7 @@ from eval.models import DTYPES, OwnModel, load_model
 from eval.scorer import Scorer
 from eval.task_data import BENCHMARKS, check_names, check_pins, load_prompts, load_tasks
 from model.generate import generate
+from train.exit_codes import leave
 from train.run_dir import write_json
 
 SEED = 1234  # of shots that are drawn: lm-eval's own
@@ -414,4 +415,4 @@ def join_processes():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

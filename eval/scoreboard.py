@@ -44,6 +44,7 @@ from eval.sandbox import SandboxError, check_sandbox
 from eval.task_data import BENCHMARKS, check_names
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
 from model.weights import MANIFEST, load_checkpoint
+from train.exit_codes import leave
 from train.run_dir import write_json
 
 FORMAT = 1
@@ -428,4 +429,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

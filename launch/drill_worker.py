@@ -18,7 +18,8 @@ from pathlib import Path
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.launch import leave, main
+from train.exit_codes import leave
+    from train.launch import main
 
 SPIKE = 100.0
 

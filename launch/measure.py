@@ -19,6 +19,7 @@ from pathlib import Path
 from launch.plan import ZERO_FILES
 from launch.speed import MEASUREMENTS
 from train.config import TrainConfig, make_config, make_plan
+from train.exit_codes import leave
 from train.hardware import gpu_of
 from train.memory import GIB, memory_needed, peak_memory, zero_of
 
@@ -233,4 +234,4 @@ def measure_all(points, flags):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -41,7 +41,8 @@ def build_in(faults, rank):
 
 
 if __name__ == "__main__":
-    from train.launch import leave, main
+    from train.exit_codes import leave
+    from train.launch import main
 
     build_in(json.loads(os.environ["FAULTS"]), int(os.environ["RANK"]))
     leave(main())

@@ -83,7 +83,7 @@ if __name__ == "__main__":
     import deepspeed
 
     from model.weights import load_checkpoint
-    from train.launch import leave
+    from train.exit_codes import leave
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, as in train/loop.py

@@ -69,7 +69,7 @@ def main(data, out):
 
 
 if __name__ == "__main__":
-    from train.launch import leave
+    from train.exit_codes import leave
 
     main(*sys.argv[-2:])
     leave(0)

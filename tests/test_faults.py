@@ -195,7 +195,7 @@ def test_a_rank_that_does_not_get_on_is_named_with_where_it_stands(data, tmp_pat
     ranks = start(data, run, [["hang", 4, 1, 1]], "--steps", 100, "--timeout-minutes", 0.25)
     (code, stderr), (other_code, other_stderr) = finish(ranks, timeout=60)
     assert (code, other_code) == (HUNG, HUNG)
-    where = f"rank 1 on {socket.gethostname()} (step 4, forward and backward): has not got on for 8 s"
+    where = f"rank 1 on {socket.gethostname()} (step 4, forward): has not got on for 8 s"
     assert where in stderr and where in other_stderr
     assert "faulty" in (run / "log/rank00001.stacks.txt").read_text()  # the function that hangs
 

@@ -185,6 +185,6 @@ def show(rows, flags, world_size):
 
 if __name__ == "__main__":
     code = main()
-    from train.launch import leave  # here: what it imports is not for --help
+    from train.exit_codes import leave  # here: what it imports is not for --help
 
     leave(code)

@@ -17,7 +17,7 @@ if __spec__ is None:  # run by path: import from the repo root, not from this fo
     sys.path[0] = str(ROOT)
 
 from train.config import TrainConfig, add_flags, make_config
-from train.exit_codes import BAD_INPUT, DONE, FAILED
+from train.exit_codes import BAD_INPUT, DONE, FAILED, leave
 
 
 def main(argv=None):
@@ -84,17 +84,6 @@ def say(rank, line):
         time.sleep(10)  # by then the launcher has ended us, if rank 0 stopped for the same reason
         line = f"{line} (rank {rank} on {socket.gethostname()})"
     print(line, file=sys.stderr, flush=True)
-
-
-def leave(code):
-    """End the process at once, without taking the interpreter apart.
-
-    A thread of gloo that frees its last tensor just then needs the interpreter, and the process aborts: a finished run
-    would look like a crashed one, about once in a hundred times (torch 2.13).
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -114,9 +114,10 @@ def train(config, origins=None, explain_for=None):
                 watchdog.note(step, "data")
                 with waiting:
                     batch = next(batches)
-                watchdog.note(step, "forward and backward")
+                watchdog.note(step, "forward")
                 with forward:
                     loss = engine(batch.tokens, targets=batch.targets, document_ids=batch.document_ids)
+                watchdog.note(step, "backward")
                 engine.backward(loss)  # DeepSpeed divides by the number of micro-batches
                 total_loss += loss.detach()
                 if i == plan.grad_accum - 1:

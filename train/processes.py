@@ -37,8 +37,8 @@ def start_processes(rank, world_size, timeout_minutes):
 class Stop:
     """Notes the signals that ask a run to leave: it saves and leaves after the step that it is in.
 
-    SIGTERM and SIGUSR1 come from a scheduler that wants the machine back, SIGINT (Ctrl-C) from a person. A second
-    signal of the same kind ends the process at once.
+    SIGTERM and SIGUSR1 come from a scheduler that wants the machine back, and may come twice, from it and from what
+    started us; SIGINT (Ctrl-C) comes from a person, whose second one ends the process at once.
     """
 
     CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE}
@@ -50,7 +50,8 @@ class Stop:
 
     def _note(self, number, frame):
         self.code = self.CODES[number]
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class Told(NamedTuple):
