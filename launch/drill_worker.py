@@ -19,7 +19,7 @@ if __spec__ is None:  # run by path: import from the repo root, not from this fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.exit_codes import leave
-    from train.launch import main
+from train.launch import main
 
 SPIKE = 100.0
 
