@@ -168,7 +168,7 @@ def test_links(
     say(0, "meeting the others")
     # over a connection of its own: while it waits for somebody, the other can still tell
     dist.init_process_group(
-        order["backend"], store=dist.PrefixStore("links", board.store.clone()), rank=me, world_size=len(ranks),
+        order["backend"], store=dist.PrefixStore("links", board.store.clone()), rank=me, world_size=len(ranks),  # type: ignore[attr-defined]
         timeout=timedelta(seconds=seconds),
     )  # fmt: skip
     data = torch.ones((256 << 20 if on_gpu else 4 << 20) // 4, device=device)
