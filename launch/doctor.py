@@ -166,8 +166,9 @@ def test_links(
     if on_gpu:
         torch.cuda.set_device(device)  # each thread has its own
     say(0, "meeting the others")
+    # over a connection of its own: while it waits for somebody, the other can still tell
     dist.init_process_group(
-        order["backend"], store=dist.PrefixStore("links", board.store), rank=me, world_size=len(ranks),
+        order["backend"], store=dist.PrefixStore("links", board.store.clone()), rank=me, world_size=len(ranks),  # type: ignore[attr-defined]
         timeout=timedelta(seconds=seconds),
     )  # fmt: skip
     data = torch.ones((256 << 20 if on_gpu else 4 << 20) // 4, device=device)
@@ -186,29 +187,39 @@ def test_links(
         return rate(lambda: dist.all_reduce(data, group=group), 2 * (n - 1) / n * data.nbytes)
 
     found: dict[str, Any] = {"exchanges": []}
-    mine = [i for i, rank in enumerate(ranks) if nodes[rank] == place.node]
-    if len(mine) > 1:
-        say(1, "an all-reduce within the node")
-        found["node_gb_s"] = all_reduce(dist.new_group(mine, use_local_synchronization=True), len(mine))
     present = sorted(set(nodes.values()))
     by_node = {node: [i for i, rank in enumerate(ranks) if nodes[rank] == node] for node in present}
+    here = by_node[place.node]
+    lane = here.index(me)  # this rank's counterpart on another node has the same
+
+    def new_group(members: list[int]) -> dist.ProcessGroup:
+        # known to its members alone, by a name that counts the groups: so every rank makes one each time
+        return dist.new_group(sorted(members), use_local_synchronization=True)
+
+    say(1, "an all-reduce within the node")
+    within_node = new_group(here)
+    if len(here) > 1:
+        found["node_gb_s"] = all_reduce(within_node, len(here))
     rounds = exchange_rounds(len(present))
     for round_number, pairs in enumerate(rounds):
-        for pair in [(present[one], present[two]) for one, two in pairs]:
-            lane = by_node[place.node].index(me) if place.node in pair else len(ranks)
-            if place.node not in pair or lane >= min(len(by_node[node]) for node in pair):
-                continue
-            other = pair[1] if pair[0] == place.node else pair[0]
-            partner, received = by_node[other][lane], torch.empty_like(data)
-            say(2 + round_number, f"an exchange with node {other}")
+        neighbours = {present[a]: present[b] for pair in pairs for a, b in (pair, pair[::-1])}
+        other = neighbours.get(place.node)
+        if other is None or lane >= len(by_node[other]):
+            new_group([me])
+            continue
+        say(2 + round_number, f"an exchange with node {other}")
+        partner, received = by_node[other][lane], torch.empty_like(data)
+        pair_group = new_group([me, partner])  # NCCL would connect everybody for a pair of a group of all
+        both = [
+            dist.P2POp(dist.isend, data, partner, group=pair_group),
+            dist.P2POp(dist.irecv, received, partner, group=pair_group),
+        ]
 
-            def both_ways(partner: int = partner, received: torch.Tensor = received) -> None:
-                for work in dist.batch_isend_irecv(
-                    [dist.P2POp(dist.isend, data, partner), dist.P2POp(dist.irecv, received, partner)]
-                ):
-                    work.wait()
+        def exchange(both: list[dist.P2POp] = both) -> None:
+            for work in dist.batch_isend_irecv(both):
+                work.wait()
 
-            found["exchanges"].append([other, rate(both_ways, data.nbytes)])
+        found["exchanges"].append([other, rate(exchange, data.nbytes)])
     if len(ranks) > 1:
         say(2 + len(rounds), "an all-reduce over all")
         found["all_gb_s"] = all_reduce(None, len(ranks))

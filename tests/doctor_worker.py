@@ -18,8 +18,10 @@ def crowded_product(device):
     """The same product on a core that two busy programs of higher priority keep."""
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-    time.sleep(0.3)
+    busy = [sys.executable, "-uc", "print()\nwhile True: pass"]
+    loops = [subprocess.Popen(busy, stdout=subprocess.PIPE) for _ in range(3)]
+    for loop in loops:
+        loop.stdout.readline()
     os.nice(10)
     try:
         return measure(device)
