@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-MIN_SHARED = 4  # tokens, and
-MIN_SAVED = 1 / 12  # of what would be read: a stretch that saves less costs more in smaller batches than it spares
+MIN_SAVED_TOKENS = 12  # and MIN_SAVED of what would be read: a stretch that saves less than either costs more, in
+MIN_SAVED = 1 / 12  # smaller batches, than it spares
 MAX_POSITIONS = 1 << 15  # of one forward pass, padding included; one text may have more
 MAX_LOGITS = 1 << 27  # of one forward pass: 512 MiB in float32; one text may have more
 NOT_FINITE = (
@@ -383,8 +383,8 @@ def build_tree(pieces, starts, share):
 
 def worth_it(node):
     """Whether reading the node's tokens once, and not with each child, saves enough."""
-    n, n_children = len(node.tokens), len(node.children)
-    return n >= MIN_SHARED and n * (n_children - 1) >= MIN_SAVED * (node.n_tokens + n * (n_children - 1))
+    saved = len(node.tokens) * (len(node.children) - 1)
+    return saved >= max(MIN_SAVED_TOKENS, MIN_SAVED * (node.n_tokens + saved))
 
 
 def put_before(node, children):
