@@ -14,6 +14,7 @@ from launching import ROOT, free_port, launch
 from safetensors import safe_open
 
 from train.checkpoint import load_checkpoint, newest_whole
+from train.exit_codes import INTERRUPTED, REQUEUE
 from train.run_dir import RunDir, read_metrics
 
 FLAGS = ["--size", "tiny", "--steps", 12, "--save-every", 4, "--eval-every", 6, "--eval-tokens", 2000]
@@ -158,7 +159,10 @@ def test_finished_run_started_again_does_nothing(data, whole, tmp_path):
     assert train(data, run, "--resume", processes=1) == whole[1]
 
 
-def test_terminated_run_saves_and_goes_on(data, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, INTERRUPTED)]
+)
+def test_run_that_is_asked_to_leave_saves_and_says_by_its_code_whether_to_start_it_again(data, tmp_path, number, code):
     run = tmp_path / "run"
     command = [
         sys.executable, str(ROOT / "train/launch.py"), "--size", "tiny", "--data", data, "--run", run,
@@ -170,9 +174,9 @@ def test_terminated_run_saves_and_goes_on(data, tmp_path):
     while not (run / "metrics.jsonl").exists() or len(read_metrics(run / "metrics.jsonl")) < 5:
         assert time.monotonic() < deadline and started.poll() is None
         time.sleep(0.2)
-    started.send_signal(signal.SIGTERM)
+    started.send_signal(number)
     _, stderr = started.communicate(timeout=60)
-    assert started.returncode == 130
+    assert started.returncode == code
     step = load_checkpoint(RunDir(run).checkpoints()[-1]).step
     assert f"stopped at step {step} of 4000; go on with --resume" in stderr
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == step

@@ -1,6 +1,7 @@
 """Shapes: every size and option counts what the module has, starts as the papers say, and acts or is refused."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -10,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from launch.estimate import estimate
 from launch.estimate import main as launch
 from model.attention import alibi_slopes, rope_frequencies
 from model.config import PRESETS, ModelConfig, get_preset, place_attention
@@ -221,12 +221,13 @@ def test_unknown_size_is_refused_with_the_known_ones():
         get_preset("1.5B")
 
 
-def test_a_pattern_or_a_context_given_replaces_the_sizes_own():
+def test_a_pattern_or_a_context_given_replaces_the_sizes_own(capsys):
     assert get_preset("lab", layer_pattern="MMMMMMMMMM").n_layers == 10
     longer = get_preset("1.3B", seq_len=32768, rope_scaling="yarn")
     assert (longer.rope_factor, longer.rope_original_seq_len, longer.seq_len) == (4.0, 8192, 32768)
     assert get_preset("nano", seq_len=512, rope_scaling="ntk").rope_factor == 2.0
-    assert estimate("lab", layer_pattern="MA")["layer_pattern"] == "MA"
+    assert launch(["--size", "lab", "--layer-pattern", "MA", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layer_pattern"] == "MA"
     with pytest.raises(ValueError, match="'MXM' is not a string of M"):
         get_preset("lab", layer_pattern="MXM")
     with pytest.raises(ValueError, match="give a seq_len above that, not None"):
