@@ -21,7 +21,6 @@ from model.config import PRESETS
 from train import watch
 from train.watch import Rows, Run, bars, draw, duration, find_runs, main
 
-NOW = time.time()
 
 
 def row_of(step, **more):
@@ -32,16 +31,17 @@ def row_of(step, **more):
 def make_run(folder, steps=100, done=50, events=("start",), age=0):
     """A run's folder: `done` steps of `steps`, the last written `age` seconds ago, and three checkpoints."""
     folder.mkdir(parents=True)
+    now = time.time()
     record = {"run": {"size": "tiny"}, "plan": {"steps": steps, "last_step": steps}, "world_size": 2}
     record["model"] = dataclasses.asdict(PRESETS["tiny"])
     (folder / "config.json").write_text(json.dumps(record))
     readings = {"mfu": 0.4321, "gpu_temperature_c": 71, "gpu_power_w": 5321, "gpu_utilization_percent": 97}
     rows = [row_of(step, **readings, **({"heldout_loss": 3.25} if step == 25 else {})) for step in range(1, done + 1)]
     write_lines(folder / "metrics.jsonl", rows)
-    lines = [{"time": NOW - age, "step": done, "event": kind, "text": f"the text of {kind}"} for kind in events]
+    lines = [{"time": now - age, "step": done, "event": kind, "text": f"the text of {kind}"} for kind in events]
     write_lines(folder / "events.jsonl", lines)
     for name in ("metrics.jsonl", "events.jsonl"):
-        os.utime(folder / name, (NOW - age, NOW - age))
+        os.utime(folder / name, (now - age, now - age))
     for step in (10, 20, 30):
         checkpoint = folder / f"checkpoints/step_{step:07d}"
         checkpoint.mkdir(parents=True)
@@ -100,11 +100,11 @@ def test_state_of_a_run(tmp_path, events, done, age, expected):
 
 def test_run_that_hangs_is_called_so_until_it_makes_another_step(tmp_path):
     folder = make_run(tmp_path / "run", events=("start", "hang"))
-    os.utime(folder / "metrics.jsonl", (NOW - 60, NOW - 60))
+    os.utime(folder / "metrics.jsonl", (time.time() - 60, time.time() - 60))
     run = Run(folder, "run")
     run.refresh()
     assert run.state[1] == "hung"
-    os.utime(folder / "metrics.jsonl", (NOW + 1, NOW + 1))
+    os.utime(folder / "metrics.jsonl", (time.time() + 1, time.time() + 1))
     assert run.state[1] == "running"
 
 
