@@ -22,7 +22,6 @@ from train import watch
 from train.watch import Rows, Run, bars, draw, duration, find_runs, main
 
 
-
 def row_of(step, **more):
     values = {"loss": 10 - 8 * step / (step + 20), "tokens": 512 * step, "tokens_per_s": 12345.6, "seconds": step / 2}
     return {"step": step, **values, "lr": 1e-3, "grad_norm": 1.0, "memory_gib": 61.5} | more
