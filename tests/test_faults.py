@@ -104,6 +104,7 @@ def test_bad_steps_are_skipped_and_named_and_the_run_goes_on(skipping):
     assert len(rows) == 90
     assert [row["step"] for row in rows if "skipped" in row] == [70, 80]
     assert math.isnan(rows[69]["loss"]) and rows[79]["loss"] > 50 and rows[89]["loss"] < rows[0]["loss"]
+    assert [row["step"] for row in events(skipping, "saved")] == [75, 90]
     first, second = events(skipping, "skip")
     assert first["text"] == "step 70 is skipped: the loss is nan"
     assert second["text"].startswith("step 80 is skipped: the loss ") and "sigma above" in second["text"]

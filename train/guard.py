@@ -7,7 +7,7 @@ the optimizer's state are then those of before, to the bit.
 
 import math
 from collections import deque
-from statistics import fmean, pstdev
+from statistics import fmean
 
 WINDOW = 128  # steps that a step is compared with
 LEAST = 64  # with fewer, only what is not a number is skipped: the loss falls fast at the start
@@ -36,7 +36,8 @@ class Guard:
             return f"the {name} is {value}"
         if self.sigma and len(before) >= LEAST:
             mean = fmean(before)
-            spread = max(pstdev(before, mean), FLAT * abs(mean))
+            variance = math.fsum((v - mean) ** 2 for v in before) / len(before)
+            spread = max(math.sqrt(variance), FLAT * abs(mean))
             if value > mean + self.sigma * spread:
                 above = (value - mean) / spread
                 return (

@@ -53,6 +53,7 @@ class Saves:
                 self.metrics.event("save_failed", self.step, f"{error}; training goes on, and saves again later")
             return
         if self.metrics:
+            self.metrics.event("saved", self.step, f"saved {self.run_dir.checkpoint(self.step)}")
             if self.heldout_loss is not None:
                 self.losses[self.run_dir.checkpoint(self.step).name] = self.heldout_loss
             try:
