@@ -72,8 +72,13 @@ def choice_scores(item, metric):
     return nats
 
 
+def best_choices(scores):
+    """Which scores are the largest, as booleans: several where they are too close to be told apart."""
+    return scores >= scores.max() - TIE * np.abs(scores).max()
+
+
 def is_tie(scores):
-    return int((scores >= scores.max() - TIE * np.abs(scores).max()).sum()) > 1
+    return int(best_choices(scores).sum()) > 1
 
 
 # ---- the published side

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from curation.shards import new_file
 from eval.answers import AnswerFile, answers_folder
+from eval.comparison import best_choices
 from eval.models import DTYPES, OwnModel, load_model
 from eval.scorer import Scorer
 from eval.task_data import BENCHMARKS, check_names, check_pins, load_prompts, load_tasks
@@ -139,13 +140,8 @@ def score_choices(doc, results):
 
 
 def _credit(scores, answer):
-    best = _best(scores)
+    best = best_choices(scores)
     return float(best[answer] / best.sum()), best.sum() > 1
-
-
-def _best(scores):
-    # 1e-6: float32 sums move by this much with the shape of the batch, so closer scores are not told apart
-    return scores >= scores.max() - 1e-6 * np.abs(scores).max()
 
 
 def build_tasks(documents):
@@ -349,7 +345,7 @@ def choose(nats, alone, choices, gold):
     metrics = {"acc": acc, "acc_norm": acc_norm, "tie": float(tied or tied_norm)}
     if alone:
         metrics["acc_uncond"], _ = _credit(nats - alone, gold)
-    return int(_best(nats).argmax()), metrics
+    return int(best_choices(nats).argmax()), metrics
 
 
 def summary(samples):

@@ -19,9 +19,7 @@ class Saves:
         self.writer, self.step, self.heldout_loss = BackgroundSave(), None, None
         if metrics:
             self.losses = heldout_losses(run_dir)
-            note_best(
-                run_dir, self.losses
-            )  # a checkpoint beyond the step that the run goes on from is not it any more
+            note_best(run_dir, self.losses)  # one beyond the step that the run goes on from is not it any more
 
     @property
     def pending(self):
