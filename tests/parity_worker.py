@@ -29,6 +29,38 @@ def make_run(data, world_size, grad_accum):
     return config, plan, stream
 
 
+def plain_run(data, steps, measure):
+    """[[measure(model, loss), gradient norm] of each step] of a plain loop on one process, the whole batch at a time.
+
+    measure: called when the gradients are there, before they are clipped.
+    """
+    import torch
+
+    from model.hybrid import HybridLM
+    from train.data import training_batches
+    from train.optim import parameter_groups
+    from train.schedule import learning_rate
+
+    config, plan, stream = make_run(str(data), 1, 1)
+    torch.manual_seed(config.seed)
+    model = HybridLM(plan.model)
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8)
+    batches, rows = training_batches(stream, plan, config.seed, 0, 1, 1, "cpu"), []
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, plan)
+        batch = next(batches)
+        loss = model(batch.tokens, targets=batch.targets, document_ids=batch.document_ids)
+        loss.backward()
+        measured = measure(model, loss)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append([measured, norm.item()])
+    return rows
+
+
 def zero_run(data, file, grad_accum):
     """[[loss, gradient norm] of each step] of a DeepSpeed engine with a JSON's settings, in float32. All ranks."""
     from torch import distributed as dist

@@ -8,10 +8,9 @@ import sys
 from collections import Counter
 
 import pytest
-import torch
 from launching import ROOT, free_port
 from norms_worker import RUNS, STEPS
-from parity_worker import CLIP, make_run
+from parity_worker import CLIP, plain_run
 
 from model.config import PRESETS
 from model.hybrid import HybridLM
@@ -21,29 +20,14 @@ from train.norms import PARTS, part_of, parts_of
 @pytest.fixture(scope="module")
 def plain(data):
     """[[gradient norm, {part: norm}] of each step] of a plain loop on one process."""
-    from train.data import training_batches
-    from train.optim import parameter_groups
-    from train.schedule import learning_rate
 
-    config, plan, stream = make_run(str(data), 1, 1)
-    torch.manual_seed(config.seed)
-    model = HybridLM(plan.model)
-    groups = parameter_groups(model, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8)
-    batches, rows = training_batches(stream, plan, config.seed, 0, 1, 1, "cpu"), []
-    for step in range(1, STEPS + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan)
-        batch = next(batches)
-        model(batch.tokens, targets=batch.targets, document_ids=batch.document_ids).backward()
+    def norms(model, loss):
         squares = Counter()
         for name, parameter in model.named_parameters():
-            squares[part_of(name, plan.model.layer_pattern)] += parameter.grad.double().square().sum().item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        rows.append([norm.item(), {part: math.sqrt(square) for part, square in squares.items()}])
-    return rows
+            squares[part_of(name, model.config.layer_pattern)] += parameter.grad.double().square().sum().item()
+        return {part: math.sqrt(square) for part, square in squares.items()}
+
+    return [[norm, by_part] for by_part, norm in plain_run(data, STEPS, norms)]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

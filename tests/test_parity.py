@@ -8,36 +8,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from launching import ROOT, free_port
-from parity_worker import ACCUMULATIONS, CLIP, FILES, STEPS, make_run
+from parity_worker import ACCUMULATIONS, CLIP, FILES, STEPS, plain_run
 
 
 @pytest.fixture(scope="module")
 def plain(data):
     """[[loss, gradient norm] of each step] on one process, the whole batch at a time, without DeepSpeed."""
-    from model.hybrid import HybridLM
-    from train.data import training_batches
-    from train.optim import parameter_groups
-    from train.schedule import learning_rate
-
-    config, plan, stream = make_run(str(data), 1, 1)
-    torch.manual_seed(config.seed)
-    model = HybridLM(plan.model)
-    groups = parameter_groups(model, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8)
-    batches, rows = training_batches(stream, plan, config.seed, 0, 1, 1, "cpu"), []
-    for step in range(1, STEPS + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan)
-        batch = next(batches)
-        loss = model(batch.tokens, targets=batch.targets, document_ids=batch.document_ids)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        rows.append([loss.item(), norm.item()])
-    return rows
+    return plain_run(data, STEPS, lambda model, loss: loss.item())
 
 
 @pytest.mark.parametrize("processes", [1, 2])
