@@ -42,10 +42,10 @@ class Scan(torch.autograd.Function):
         steps, cum = decays(dt, A, BACKWARD_CHUNK[x.element_size()], document_ids)
         entering = entering_states(x, B, steps, cum, document_ids, initial_state)
         dx, dlog, dsteps, dB, dC, dD, dinitial = scan_backward(
-            dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering
+            dy.contiguous(), None if dlast is None else dlast.mT, x, steps, cum, A, B, C, D, document_ids, entering
         )
         ddt, dA = dlog * A + dsteps, (dlog * dt).sum(dim=(0, 1))
-        return dx, ddt, dA, dB, dC, dD, None, dinitial if initial_state is not None else None
+        return dx, ddt, dA, dB, dC, dD, None, None if initial_state is None else dinitial.mT
 
 
 def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
