@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from model.scan_backward import scan_backward
+
 BACKWARD_CHUNK = 128  # positions between two states that the backward pass starts from
 PRECISION = tl.constexpr("tf32x3")  # float32 factors in three TF32 parts each: products near float32
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -35,8 +37,6 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dlast):
-        from model.scan_backward import scan_backward
-
         x, dt, A, B, C, D, document_ids, initial_state = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy
         steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
@@ -120,7 +120,7 @@ def plan_for(x, n, chunk=None):
         processors, copies = properties.multi_processor_count, properties.major >= 9
     while block_p > 16 and b * h * triton.cdiv(p, block_p) < processors:
         block_p //= 2  # rows of few heads would leave most of the GPU idle
-    return Plan(chunk or (64 if half else 16), block_p, warps=4 if half else 8, copies=copies)
+    return Plan(chunk or (64 if half else 16), block_p, warps=4 if half and copies else 8, copies=copies)
 
 
 def padded(size):

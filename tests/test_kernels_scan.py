@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import reference
-from model.scan import Plan, decays, document_starts, entering_states, scan
+from model.scan import Plan, decays, document_starts, entering_states, scan, ssd
 
 # of the largest value. float32: sums in another order; bfloat16: some roundings of 2^-9 in products and states
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -80,6 +80,23 @@ def test_a_document_leaves_no_trace_in_the_next(plan):
         changed_y, changed_last = scan(others[0], other_dt, A, *others[1:], D, ids, states[1], plan)
         assert not torch.equal(y[:, :start], changed_y[:, :start])
         assert torch.equal(y[:, start:], changed_y[:, start:]) and torch.equal(last, changed_last)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("wanted", [1, 2])  # gradients of y alone, and of the last state too
+def test_gradients_are_those_of_the_twin(wanted, dtype):
+    l = 131  # a chunk of the backward pass, and a bit
+    ids = documents(l, [1, 128]) if wanted == 2 else None
+    tensors = [*inputs(b=1, l=l, h=2, g=1, dtype=dtype), draw(1, 2, 16, 16, seed=6)]
+    seeds = [draw(1, l, 2, 16, seed=7).to(dtype), draw(1, 2, 16, 16, seed=8)][:wanted]
+
+    def gradients(function, tensors):
+        tensors = [t.clone().requires_grad_() for t in tensors]
+        outputs = function(*tensors[:-1], 64, ids, tensors[-1])[:wanted]
+        return torch.autograd.grad(outputs, tensors, [s.to(y) for s, y in zip(seeds, outputs, strict=True)])
+
+    for got, want in zip(gradients(ssd, tensors), gradients(reference.ssd, [t.float() for t in tensors]), strict=True):
+        torch.testing.assert_close(got.float(), want, rtol=0, atol=5 * TOLERANCE[dtype] * want.abs().max().item())
 
 
 def test_slices_of_wider_rows_are_read_in_place():
