@@ -36,7 +36,7 @@ def assert_near(got, want, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("l", [1, 2, 32, 33, 70])
+@pytest.mark.parametrize("l", [1, 33, 70])
 @pytest.mark.parametrize("plan", PLANS)
 def test_scan_equals_its_twin(l, packed, dtype, plan):
     ids = documents(l, [1, 20, 32, 40], [31, 64]) if packed else None
