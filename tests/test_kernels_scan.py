@@ -9,7 +9,7 @@ from model import reference
 from model.scan import Plan, decays, document_starts, entering_states, scan, ssd
 
 # of the largest value. float32: sums in another order; bfloat16: some roundings of 2^-9 in products and states
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 CHUNK = 32
 PLANS = [Plan(CHUNK, block_p=16, copies=copies) for copies in (True, False)]
 
@@ -74,7 +74,7 @@ def test_a_document_leaves_no_trace_in_the_next(plan):
     for start in (20, 32, 40):
         ids = documents(70, [start])
         others = [torch.cat([100 * draw(*t[:, :start].shape, seed=9), t[:, start:]], dim=1) for t in (x, B, C)]
-        other_dt = torch.cat([dt[:, :start].flip(1) * 3, dt[:, start:]], dim=1)
+        other_dt = torch.cat([dt[:, :start].flip(1) * 300, dt[:, start:]], dim=1)
         states = [None, draw(1, 4, 16, 16)]
         y, last = scan(x, dt, A, B, C, D, ids, states[0], plan)
         changed_y, changed_last = scan(others[0], other_dt, A, *others[1:], D, ids, states[1], plan)
