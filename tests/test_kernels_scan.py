@@ -68,6 +68,7 @@ def test_what_enters_a_chunk_is_the_last_state_of_the_row_before_it(packed, dtyp
         assert_near(got[:, c].mT, want, dtype)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # of what is masked
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_document_leaves_no_trace_in_the_next(plan):
     x, dt, A, B, C, D = inputs(b=1)
