@@ -269,6 +269,15 @@ def _places(strides, b, i, row, column, height, width, ROWS: tl.constexpr, COLUM
 
 
 @triton.jit
+def _at_end(c, Q: tl.constexpr, cum_ptr, first_ptr):
+    """cum and first of the last position of chunk c."""
+    first = -1
+    if first_ptr is not None:
+        first = tl.load(first_ptr + c * Q + Q - 1)
+    return tl.load(cum_ptr + c * Q + Q - 1), first
+
+
+@triton.jit
 def _scan_kernel(
     x_in, B_in, C_in, y_out, keys_in, cum_in, first_in,
     x_strides, B_strides, C_strides, y_strides, chunk_strides, first_strides,
@@ -298,29 +307,29 @@ def _scan_kernel(
         p = channel + tl.arange(0, BLOCK_P)
         at = initial_ptr + row * N * P + n[:, None] * P + p[None, :]
         state = tl.load(at, mask=(n[:, None] < N) & (p[None, :] < P), other=0.0)
+    # What is one number for a chunk is read a chunk ahead: the loop's pipeline would take barriers for it.
+    cum_next, first_next = _at_end(0, Q, cum_ptr, first_ptr)
     # Each load stands where its value is first wanted: earlier, it would hold registers that the products need.
     for c in tl.range(0, n_chunks, num_stages=STAGES):
-        start = c * Q
+        start, cum_last, last_first = c * Q, cum_next, first_next
+        cum_next, first_next = _at_end(tl.minimum(c + 1, n_chunks - 1), Q, cum_ptr, first_ptr)
         entering = state.to(DTYPE)
         C = _load(C_in, C_strides, b, group, start, 0, l, N, Q, BLOCK_N)
-        y = tl.dot(C, entering, input_precision=PRECISION)
         B = _load(B_in, B_strides, b, group, start, 0, l, N, Q, BLOCK_N)
+        y = tl.dot(C, entering, input_precision=PRECISION)
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
         cum = _load(cum_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
-        cum_last = tl.load(cum_ptr + start + Q - 1)
-        decay_in, decay_chunk = cum, cum_last
+        keys = _load(keys_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
+        decay_in, decay_out, decay_chunk = cum, cum_last - keys, cum_last
         if first_ptr is not None:
             first = _load(first_in, first_strides, b, 0, c, 0, n_chunks, Q, 1, Q).reshape(Q)
-            last_first = tl.load(first_ptr + start + Q - 1)
             decay_in = tl.where(first < 0, decay_in, -float("inf"))
+            decay_out = tl.where(q >= last_first, decay_out, -float("inf"))
             decay_chunk = tl.where(last_first < 0, decay_chunk, -float("inf"))
         y *= tl.exp2(decay_in)[:, None]
-        keys = _load(keys_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
         scores *= tl.exp2(tl.where(causal, cum[:, None] - keys[None, :], -float("inf")))
-        decay_out = cum_last - keys
-        if first_ptr is not None:
-            decay_out = tl.where(q >= last_first, decay_out, -float("inf"))
-            if last_first >= 0:  # a document begins in this chunk: few do
+        if first_ptr is not None:  # noqa: SIM102  # settled when the kernel is compiled; the next, at each chunk
+            if last_first >= 0:  # a document begins in it: few do
                 scores = tl.where(q[None, :] >= first[:, None], scores, 0.0)
         x = _load(x_in, x_strides, b, head, start, channel, l, P, Q, BLOCK_P)
         y = tl.dot(scores.to(DTYPE), x, y, input_precision=PRECISION)
@@ -353,14 +362,14 @@ def _entering_kernel(
         p, n = channel + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
         at = initial_ptr + row * N * P + n[None, :] * P + p[:, None]
         state = tl.load(at, mask=(n[None, :] < N) & (p[:, None] < P), other=0.0)
+    cum_next, first_next = _at_end(0, Q, cum_ptr, first_ptr)
     for c in tl.range(0, n_chunks, num_stages=STAGES):
-        start = c * Q
+        start, cum_last, last_first = c * Q, cum_next, first_next
+        cum_next, first_next = _at_end(tl.minimum(c + 1, n_chunks - 1), Q, cum_ptr, first_ptr)
         cum = _load(cum_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
         steps = _load(steps_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
-        cum_last = tl.load(cum_ptr + start + Q - 1)
         decay_out, decay_chunk = (cum_last - cum) * LOG2E, cum_last * LOG2E
         if first_ptr is not None:
-            last_first = tl.load(first_ptr + start + Q - 1)
             decay_out = tl.where(q >= last_first, decay_out, -float("inf"))
             decay_chunk = tl.where(last_first < 0, decay_chunk, -float("inf"))
         x = _load(x_in, x_strides, b, head, start, channel, l, P, Q, BLOCK_P)
