@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from model.hybrid import HybridLM
-from train.checkpoint import tell_muon, torch_optimizer
+from train.checkpoint import tell_optimizer, torch_optimizer
 from train.optim import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,7 +209,7 @@ def make_engine(plan, config, ds_config, weights=None, guard=None):
         model.load_state_dict(weights)
     model.to(deepspeed.get_accelerator().current_device_name())
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, config), config=ds_config)
-    tell_muon(engine)
+    tell_optimizer(engine)
     if guard:
         guard.protect(torch_optimizer(engine), engine.optimizer)
     if engine.zero_optimization_stage() == 0:
