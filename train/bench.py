@@ -3,11 +3,11 @@
     python -m train.bench --size 1.3B
     python -m train.bench --size 6.7B --gpus 2 --json bench.json -- --ds-config ds_configs/zero3.json --micro-batch 2
 
-It starts train/launch.py itself, loader, clipping, optimizer and log included, with the flags behind `--`, on documents
-of random tokens or on --data, and reads what that run leaves. A step is --grad-accum micro-batches on each GPU. Tokens/s
-is the median of the --steps after --warm-up; one more step is then recorded (train/profiler.py). The gap is what a
-step takes beyond that, when no kernel ran: the step that is timed is not the one that is recorded. Start-up counts from
-the command to the end of the first step.
+It starts train/launch.py itself, loader, clipping, optimizer and log included, with the flags behind `--`, on
+documents of random tokens or on --data, and reads what that run leaves. A step is --grad-accum micro-batches on each
+GPU. Tokens/s is the median of the --steps after --warm-up; one more step is then recorded (train/profiler.py), since
+recording slows a step. The gap is what a step that counts takes beyond the time in which kernels ran in the recorded
+one. Start-up counts from the command to the end of the first step.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main(argv=None):
 
 
 def measure(flags, run_flags, folder):
-    """Run and read. Returns all figures. Raises ValueError for flags that cannot be, CalledProcessError from the run."""
+    """All figures, of a run made for them. Raises ValueError for wrong flags, CalledProcessError if the run fails."""
     for name in ("gpus", "grad_accum", "warm_up", "steps"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)} is too small; allowed: 1 or more")
@@ -86,7 +86,9 @@ def measure(flags, run_flags, folder):
     arguments += ["--batch-tokens", str(batch_tokens)]
     if not flags.data:
         vocab_size = get_preset(flags.size).vocab_size
-        make_random_data(folder / "data", vocab_size, min(batch_tokens * (last + 1), max(MOST_TOKENS, 2 * batch_tokens)))
+        make_random_data(
+            folder / "data", vocab_size, min(batch_tokens * (last + 1), max(MOST_TOKENS, 2 * batch_tokens))
+        )
     port = free_port()
     command = [sys.executable, str(ROOT / "train/launch.py"), *arguments]
     if flags.gpus > 1:
@@ -127,7 +129,12 @@ def make_random_data(folder, vocab_size, n_tokens):
     documents = ((str(i), random.integers(1, vocab_size, n)) for i, n in enumerate(lengths))
     source = write_source(folder, header, documents, text_bytes=0)
     counts = {name: source[name] for name in ("documents", "tokens", "text_bytes")}
-    described = {"file": tokenizer.name, "sha256": header.tokenizer_sha256, "vocab_size": vocab_size, "separator_id": 0}
+    described = {
+        "file": tokenizer.name,
+        "sha256": header.tokenizer_sha256,
+        "vocab_size": vocab_size,
+        "separator_id": 0,
+    }
     splits = {"train": {**counts, "sources": {"random": source}}}
     write_manifest(folder, {"tokenizer": described, "splits": splits})
 

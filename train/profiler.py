@@ -159,7 +159,9 @@ def own_times(operations):
 def lines(times, n_kernels=5):
     """The groups, and the longest kernels, as lines for a terminal."""
     busy = times["busy_ms"] or 1.0
-    shown = [f"  {g['ms']:10.2f} ms {g['ms'] / busy:6.1%} {g['launches']:8.0f} x  {g['group']}" for g in times["groups"]]
+    shown = [
+        f"  {g['ms']:10.2f} ms {g['ms'] / busy:6.1%} {g['launches']:8.0f} x  {g['group']}" for g in times["groups"]
+    ]
     shown += [f"  {k['ms']:10.2f} ms {k['ms'] / busy:6.1%} {k['launches']:8.0f} x    {k['name'][:80]}"
               for k in times["kernels"][:n_kernels]]  # fmt: skip
     wall = "" if times["wall_ms"] is None else f" of {times['wall_ms']:.1f} ms"
