@@ -15,7 +15,7 @@ PROGRAMS_PER_SM = 4  # of the backward kernel, each with a part of the weight's 
 @torch.compiler.disable
 def rms_norm(x, weight, eps):
     """See model/reference.py. x may be a slice of a wider tensor."""
-    return Norm.apply(x, None, weight, eps, 1.0)
+    return Norm.apply(x, None, weight, eps, 1.0)[1]
 
 
 @torch.compiler.disable
@@ -25,7 +25,7 @@ def add_rms_norm(x, update, weight, eps, multiplier=1.0):
 
 
 class Norm(torch.autograd.Function):
-    """The norm of x, or x + multiplier * update and the norm of that; keeps the normed sum and 1 / rms of each row."""
+    """x + multiplier * update and the norm of that; keeps the sum, and 1 / rms of each row."""
 
     @staticmethod
     def forward(ctx, x, update, weight, eps, multiplier):
@@ -34,7 +34,7 @@ class Norm(torch.autograd.Function):
         n, d = rows.shape[0] * rows.shape[1], x.shape[-1]
         y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
         scales = torch.empty(n, device=x.device, dtype=torch.float32)
-        total = None if update is None else torch.empty_like(y)
+        total = x if update is None else torch.empty_like(y)
         added = None if update is None else flat(update)
         tile = tile_of(d)
         with torch.cuda.device_of(x):
@@ -42,20 +42,18 @@ class Norm(torch.autograd.Function):
                 rows, added, weight, total, y, scales, n, rows.shape[1], d, eps, multiplier, *rows.stride()[:2],
                 0 if added is None else added.stride(0), ADD=update is not None, **tile,
             )  # fmt: skip
-        ctx.save_for_backward(x if update is None else total, weight, scales)
-        ctx.multiplier = None if update is None else multiplier
-        return y if update is None else (total, y)
+        ctx.save_for_backward(total, weight, scales)
+        ctx.multiplier = multiplier
+        return total, y
 
     @staticmethod
-    def backward(ctx, *gradients):
-        x, weight, scales = ctx.saved_tensors
-        dtotal, dy = gradients if len(gradients) == 2 else (None, *gradients)
-        dx, dweight = dtotal, None
-        if dy is not None:
-            dx, dweight = norm_backward(x, weight, scales, dy, dtotal)
-        if ctx.multiplier is None:
-            return dx, None, dweight, None, None
-        return dx, dx if ctx.multiplier == 1 else dx * ctx.multiplier, dweight, None, None
+    def backward(ctx, dtotal, dy):
+        total, weight, scales = ctx.saved_tensors
+        dx, dweight = (dtotal, None) if dy is None else norm_backward(total, weight, scales, dy, dtotal)
+        dupdate = None
+        if ctx.needs_input_grad[1]:
+            dupdate = dx if ctx.multiplier == 1 else dx * ctx.multiplier
+        return dx, dupdate, dweight, None, None
 
 
 def norm_backward(x, weight, scales, dy, dtotal):

@@ -120,8 +120,8 @@ def rms_norm(x, weight, eps):
 
 
 def add_rms_norm(x, update, weight, eps, multiplier=1.0):
-    """x + multiplier * update, in x's dtype, and the rms_norm of that: what a layer wrote, and what the next reads."""
-    total = torch.add(x, update, alpha=multiplier)
+    """x + multiplier * update (x alone if update is None), in x's dtype, and the rms_norm of that."""
+    total = x if update is None else torch.add(x, update, alpha=multiplier)
     return total, rms_norm(total, weight, eps)
 
 

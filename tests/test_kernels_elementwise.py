@@ -4,11 +4,14 @@ Triton's interpreter runs them on the CPU, so sizes are small. The twin in float
 their order, bfloat16 by one rounding of the result. A GPU rounds to the nearest, the interpreter cuts off: 2^-7.
 """
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import interpreted  # noqa: F401  # isort: skip  # before the kernels
 import pytest
 import torch
+from random_models import SHAPE, random_tokens, sharpened
 
 from model import reference
 from model.cross_entropy import _cross_entropy_kernel, cross_entropy
@@ -54,6 +57,16 @@ def test_norms_equal_their_twins(shape, weight_dtype, dtype):
         settings = dict(eps=1e-5, multiplier=multiplier)
         kernel, twin = (partial(norm, **settings) for norm in (add_rms_norm, reference.add_rms_norm))
         assert_same(kernel, twin, [x, update, weight], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_with_nothing_to_add_passes_its_input_on(dtype):
+    kernel, twin = (
+        lambda x, weight, norm=norm: norm(x, None, weight, 1e-5) for norm in (add_rms_norm, reference.add_rms_norm)
+    )
+    inputs = [draw(2, 3, 64, dtype=dtype), draw(64, dtype=dtype)]
+    assert torch.equal(kernel(*inputs)[0], inputs[0])
+    assert_same(kernel, twin, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,6 +141,25 @@ def test_gradient_of_the_rotation_is_read_where_attention_left_it():
             for turn, leaf in ((rotary, x.clone().requires_grad_()), (reference.rotary, x.clone().requires_grad_()))
         )
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_model_on_these_kernels_equals_the_plain_one(monkeypatch, recompute):
+    options = dict(attention_gate=True, qk_norm=True, embedding_norm=True, residual_multiplier=0.5)
+    config = replace(SHAPE, layer_pattern="MAA", **options)
+    kernels = dict(
+        rms_norm=rms_norm, add_rms_norm=add_rms_norm, swiglu=swiglu, sigmoid_gate=sigmoid_gate, rotary=rotary,
+        cross_entropy=cross_entropy,
+    )  # fmt: skip
+    tokens, ids = random_tokens(2, 9), (torch.arange(9) // 5).expand(2, -1)
+    found = []
+    for ops in (vars(reference) | kernels, vars(reference)):
+        monkeypatch.setattr("model.hybrid.load_ops", lambda name, ops=ops: SimpleNamespace(**ops))
+        model = sharpened(config, recompute=recompute)
+        loss = model(tokens, targets=tokens.roll(-1, dims=1), document_ids=ids)
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
