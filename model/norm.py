@@ -10,6 +10,7 @@ import triton.language as tl
 TILE = 2048  # elements that a program holds at a time: one row, or several short ones
 PER_THREAD = 16  # of them
 PROGRAMS_PER_SM = 4  # of the backward kernel, each with a part of the weight's gradient
+AHEAD, AHEAD_BYTES = 2, 48 * 1024  # long rows that it fetches before their turn, if no more bytes than these
 
 
 @torch.compiler.disable
@@ -63,12 +64,13 @@ def norm_backward(x, weight, scales, dy, dtotal):
     dtotal = None if dtotal is None else flat(dtotal)
     dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     tile = tile_of(d)
+    ahead = min(AHEAD, AHEAD_BYTES // (3 * tile["COLUMNS"] * x.element_size())) if tile["ROWS"] == 1 else 0
     programs = min(PROGRAMS_PER_SM * multiprocessors(x.device), triton.cdiv(n, tile["ROWS"]))
     dweights = torch.empty(programs, d, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward_kernel[(programs,)](
             rows, weight, scales, dy, dtotal, dx, dweights, n, rows.shape[1], d, *rows.stride()[:2], dy.stride(0),
-            0 if dtotal is None else dtotal.stride(0), ADD=dtotal is not None, **tile,
+            0 if dtotal is None else dtotal.stride(0), ADD=dtotal is not None, STAGES=ahead + 1, **tile,
         )  # fmt: skip
     return dx, dweights.sum(0).to(weight.dtype)
 
@@ -121,13 +123,14 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     x_ptr, weight_ptr, scales_ptr, dy_ptr, dtotal_ptr, dx_ptr, dweights_ptr, n, inner, d,
-    x_outer, x_inner, dy_stride, dtotal_stride, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_outer, x_inner, dy_stride, dtotal_stride,
+    ADD: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """With h = x / rms and g = w dy: dx = (g - h mean(h g)) / rms, plus dtotal; dweight = sum over rows of h dy."""
     columns = tl.arange(0, COLUMNS)[None, :]
     weight = tl.load(weight_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         row, mask = rows.to(tl.int64)[:, None], (rows < n)[:, None] & (columns < d)
         at = (rows // inner).to(tl.int64)[:, None] * x_outer + (rows % inner).to(tl.int64)[:, None] * x_inner
