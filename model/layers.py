@@ -52,9 +52,10 @@ class SplitLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(width, d_in)))
 
     def forward(self, x, split=None):
-        """split: other widths to return the outputs in, where neighbours are to stay together."""
+        """split: other widths to return the outputs in, where neighbours are to stay together; (): all as they lie."""
         weight = torch.cat([getattr(self, name) for name in self.widths])
-        return F.linear(x, weight).split(split or list(self.widths.values()), dim=-1)
+        product = F.linear(x, weight)
+        return product if split == () else product.split(split or list(self.widths.values()), dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -67,14 +68,26 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), arXiv:2002.05202."""
+class AddNorm(RMSNorm):
+    """The norm in front of a mixer, a SwiGLU or the head: it first adds what the one before wrote to the stream."""
 
-    def __init__(self, d_model, d_ff):
+    def __init__(self, d, eps, ops, multiplier):
+        super().__init__(d, eps, ops)
+        self.multiplier = multiplier
+
+    def forward(self, x, update):
+        """x + multiplier * update, and its norm. update None: nothing was written yet."""
+        return self.ops.add_rms_norm(x, update, self.weight, self.eps, self.multiplier)
+
+
+class SwiGLU(nn.Module):
+    """out_proj(silu(gate(x)) * up(x)), arXiv:2002.05202."""
+
+    def __init__(self, d_model, d_ff, ops):
         super().__init__()
+        self.ops = ops
         self.in_proj = SplitLinear(d_model, {"gate": d_ff, "up": d_ff})
         self.out_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x):
-        gate, up = self.in_proj(x)
-        return self.out_proj(F.silu(gate) * up)
+        return self.out_proj(self.ops.swiglu(self.in_proj(x, split=())))

@@ -147,6 +147,12 @@ def rms_norm(x, weight, eps):
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
 
+def add_rms_norm(x, update, weight, eps, multiplier=1.0):
+    """x + multiplier * update (x alone if update is None), in x's dtype, and the rms_norm of that."""
+    total = x if update is None else torch.add(x, update, alpha=multiplier)
+    return total, rms_norm(total, weight, eps)
+
+
 def gated_rms_norm(x, z, weight, n_groups, eps):
     """rms_norm(x * silu(z)), each group of channels by itself: Mamba-2's norm before out_proj.
 
@@ -167,6 +173,17 @@ def rotary(x, positions, frequencies, magnitude=1.0):
     cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def swiglu(gate_up):
+    """silu(gate) * up (arXiv:2002.05202), for gate and up side by side: (..., 2 f) -> (..., f)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def sigmoid_gate(x, gate):
+    """x * sigmoid(gate), of one shape."""
+    return x * gate.sigmoid()
 
 
 def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):

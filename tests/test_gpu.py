@@ -156,9 +156,34 @@ def test_norms_equal_their_twins(fused, deterministic, l, dtype):
         draw(*size, dtype=torch.bfloat16, seed=i) for i, size in enumerate([(2, l, 256), (2, l, 256), (256,)])
     )
     assert_twins(fused, "rms_norm", [x, weight], dtype, eps=1e-5)
+    assert_twins(fused, "add_rms_norm", [x, z, weight], dtype, eps=1e-5, multiplier=0.5)
     assert_twins(fused, "rms_norm", [x.unflatten(-1, (4, 64)), weight[:64]], dtype, eps=1e-5)  # a norm of each head
     for g in (1, 2):
         assert_twins(fused, "gated_rms_norm", [x, z, weight], dtype, n_groups=g, eps=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_gates_equal_their_twins(fused, deterministic, l, dtype):
+    wide, x = draw(2, l, 2 * 1400, dtype=torch.bfloat16), draw(2, l, 1000, dtype=torch.bfloat16, seed=1)
+    assert_twins(fused, "swiglu", [wide], dtype)
+    on_a_slice = [lambda x, wide, ops=ops: ops.sigmoid_gate(x, wide[..., -1000:]) for ops in (fused, reference)]
+    assert_same(*on_a_slice, [x, wide], dtype)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_rotation_equals_its_twin(fused, deterministic, l, dtype, packed):
+    product = draw(2, l, 128 + 6 * 128, dtype=torch.bfloat16)
+    far = torch.arange(l, device="cuda")[None] + 130_000  # enough for a cosine's slow path
+    positions = Packing(document_ids(l)).positions if packed else far
+    frequencies = 10000.0 ** (-torch.arange(0, 128, 2, device="cuda") / 128)
+
+    def turned(ops):
+        return lambda t: ops.rotary(t[..., 128:].unflatten(-1, (6, 128)), positions, frequencies, 1.1)
+
+    assert_same(turned(fused), turned(reference), [product], dtype)
 
 
 @pytest.mark.parametrize("packed", [False, True])
