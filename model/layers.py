@@ -52,9 +52,10 @@ class SplitLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(width, d_in)))
 
     def forward(self, x, split=None):
-        """split: other widths to return the outputs in, where neighbours are to stay together."""
+        """split: other widths to return the outputs in, where neighbours are to stay together; (): all as they lie."""
         weight = torch.cat([getattr(self, name) for name in self.widths])
-        return F.linear(x, weight).split(split or list(self.widths.values()), dim=-1)
+        product = F.linear(x, weight)
+        return product if split == () else product.split(split or list(self.widths.values()), dim=-1)
 
 
 class RMSNorm(nn.Module):

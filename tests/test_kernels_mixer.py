@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from model import convolution, gated_norm, reference
+from model import convolution, gated_norm, mixer, reference
 
 # documents and rows begin and end in and between programs
 CONV = {"ROWS": 4, "GROUP": 2, "BLOCK_D": 8, "num_warps": 1}
@@ -83,3 +83,18 @@ def test_gated_norm_equals_its_twin(n_groups, d, dtype):
             for ops in (gated_norm, reference)
         ]
         assert_same(*twins, inputs)
+
+
+def mixer_inputs(l, dtype, h=2, p=16, g=1, n=16):
+    d_inner, channels = h * p, h * p + 2 * g * n
+    sizes = [(2, l, d_inner + channels + h), (channels, 4), (channels,), (h,), (h,), (h,), (d_inner,)]
+    return [draw(*size, dtype=dtype, seed=i) for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("packed", [False, True])
+def test_mixer_equals_its_twin(packed, dtype):
+    l = 21
+    ids = document_ids(l) if packed else None
+    twins = [lambda *inputs, ops=ops: ops.mixer(*inputs, 1, 16, 1e-5, ids)[0] for ops in (mixer, reference)]
+    assert_same(*twins, mixer_inputs(l, dtype))
