@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 def scan_backward(
     dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, dx_out=None, dB_out=None, dC_out=None
@@ -50,7 +52,8 @@ def scan_backward(
     )
     dstates = new(b, n_blocks, h, p, n, dtype=x.dtype)
     after, before, fed, product = new(4, b, h, tiles, n_blocks, block)
-    kept, own, dinitial = new(b, h, tiles, n_blocks), new(b, n_blocks, block, g), new(b, h, p, n)
+    kept, own, dinitial = new(b, h, tiles, n_blocks), new(b, n_blocks, g, block), new(b, h, p, n)
+    later = new(b, n_blocks, g, block, block, dtype=x.dtype)
     dlog, dsteps, dD = new(b, l, h), new(b, l, h), new(b * n_blocks, h)
     # Heads split over programs leave as many sums of dB and dC to add up.
     sums = [t[None] if launch.splits == 1 else new(launch.splits, *t.shape) for t in (dB, dC)]
@@ -61,6 +64,10 @@ def scan_backward(
     settings = dict(CHUNK=chunk, BLOCK=block, PACKED=document_ids is not None)
     products = dict(P=p, N=n, BLOCK_P=launch.block_p, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32")
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        _pairs_kernel[(b * n_blocks, g)](
+            B, C, document_ids, later, own, l, n_blocks, *B.stride()[:3], *C.stride()[:3], N=n, BLOCK=block,
+            BLOCK_N=block_n, PACKED=settings["PACKED"], PRECISION=products["PRECISION"],
+        )  # fmt: skip
         _states_kernel[(b * h, tiles, triton.cdiv(n, launch.states_block_n))](
             dy, dlast, cum, C, document_ids, dstates, dinitial, l, h, n_blocks, padded_l, h // g, *C.stride()[:3],
             BLOCK_N=launch.states_block_n, LAST=dlast is not None, STAGES=launch.states_stages,
@@ -68,7 +75,7 @@ def scan_backward(
         )  # fmt: skip
         _blocks_kernel[(b * n_blocks, g, launch.splits)](
             dy, x, B, C, steps, cum, D, document_ids, entering.contiguous(), dstates, dx, *sums,
-            after, before, fed, product, kept, own, l, h, n_blocks, padded_l, h // g, h // g // launch.splits,
+            later, own, after, before, fed, product, kept, l, h, n_blocks, padded_l, h // g, h // g // launch.splits,
             *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dx.stride()[:3], *sums[0].stride()[:4],
             *sums[1].stride()[:4], BLOCK_N=block_n, STAGES=launch.stages, num_warps=launch.warps,
             **settings, **products,
@@ -135,8 +142,13 @@ def _base(cum_ptr, start, CHUNK: tl.constexpr):
 
 @triton.jit
 def _exp(x):
-    """Of a sum of log decays, for those that count at most 0; of the others, which a mask takes, any finite number."""
-    return tl.exp(tl.minimum(x, 0.0))
+    """Of a sum of log decays, which is at most 0 where it counts; elsewhere, where a zero takes it, a finite number."""
+    return tl.exp2(tl.minimum(x, 0.0) * LOG2E)
+
+
+@triton.jit
+def _add(a, b, c, other_a, other_b, other_c):
+    return a + other_a, b + other_b, c + other_c
 
 
 @triton.jit
@@ -184,9 +196,35 @@ def _states_kernel(
 
 
 @triton.jit
+def _pairs_kernel(
+    B_ptr, C_ptr, ids_ptr, later_ptr, own_ptr, l, n_blocks, B_stride_b, B_stride_l, B_stride_g,
+    C_stride_b, C_stride_l, C_stride_g, N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program: the products B C of a block and a group, (k, q). Those of a token with itself, on which no decay acts,
+    are kept apart, so that their rounding stays out of the decays' gradients."""
+    b, block = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
+    group = tl.program_id(1)
+    k, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_N)
+    start = block * BLOCK
+    inside = start + k < l
+    mask = inside[:, None] & (n < N)[None, :]
+    B = _tile(B_ptr + b * B_stride_b + start.to(tl.int64) * B_stride_l + group * B_stride_g, k, n, B_stride_l, mask)
+    C = _tile(C_ptr + b * C_stride_b + start.to(tl.int64) * C_stride_l + group * C_stride_g, k, n, C_stride_l, mask)
+    unseen = k[:, None] >= k[None, :]
+    if PACKED:
+        ids = tl.load(ids_ptr + b * l + start + k, mask=inside, other=-1)
+        unseen = unseen | (ids[:, None] != ids[None, :])
+    later = tl.where(unseen, 0.0, tl.dot(B, tl.trans(C), input_precision=PRECISION))
+    to = (b * n_blocks + block) * tl.num_programs(1) + group
+    tl.store(later_ptr + to * BLOCK * BLOCK + (k[:, None] * BLOCK + k[None, :]), later.to(later_ptr.dtype.element_ty))
+    tl.store(own_ptr + to * BLOCK + k, tl.sum(B.to(tl.float32) * C.to(tl.float32), 1))
+
+
+@triton.jit
 def _blocks_kernel(
     dy_ptr, x_ptr, B_ptr, C_ptr, steps_ptr, cum_ptr, D_ptr, ids_ptr, entering_ptr, dstates_ptr,
-    dx_ptr, dB_ptr, dC_ptr, after_ptr, before_ptr, fed_ptr, product_ptr, kept_ptr, own_ptr,
+    dx_ptr, dB_ptr, dC_ptr, later_ptr, own_ptr, after_ptr, before_ptr, fed_ptr, product_ptr, kept_ptr,
     l, h, n_blocks, padded_l, heads_of_group, heads_of_program,
     x_stride_b, x_stride_l, x_stride_h, B_stride_b, B_stride_l, B_stride_g, C_stride_b, C_stride_l, C_stride_g,
     dx_stride_b, dx_stride_l, dx_stride_h, dB_stride_s, dB_stride_b, dB_stride_l, dB_stride_g,
@@ -213,19 +251,15 @@ def _blocks_kernel(
     C_ptr += b * C_stride_b + start.to(tl.int64) * C_stride_l + group * C_stride_g
     n_mask = inside[:, None] & (n < N)[None, :]
     B, C = _tile(B_ptr, k, n, B_stride_l, n_mask), _tile(C_ptr, k, n, C_stride_l, n_mask)
-    apart = k[:, None] > k[None, :]
     enters, leaves = inside, inside
     if PACKED:
         ids_ptr += b * l
         ids = tl.load(ids_ptr + start + k, mask=inside, other=-1)
-        apart = apart | (ids[:, None] != ids[None, :])
         enters = ids == tl.load(ids_ptr + tl.maximum(start - 1, 0))
         leaves = ids == tl.load(ids_ptr + end)
-    # No decay acts on a token's product with itself, which is kept apart: no rounding of it in the decay's gradient.
-    later = tl.where(apart | (k[:, None] == k[None, :]), 0.0, tl.dot(B, tl.trans(C), input_precision=PRECISION))
-    own = tl.sum(B.to(tl.float32) * C.to(tl.float32), 1)
-    if split == 0:
-        tl.store(own_ptr + ((b * n_blocks + block) * BLOCK + k) * tl.num_programs(1) + group, own)
+    of_block = (b * n_blocks + block) * tl.num_programs(1) + group
+    later_ptr += of_block * BLOCK * BLOCK
+    own = tl.load(own_ptr + of_block * BLOCK + k)
     dpairs = tl.zeros((BLOCK, BLOCK), tl.float32)
     dB = tl.zeros((BLOCK, BLOCK_N), tl.float32)
     dC = tl.zeros((BLOCK, BLOCK_N), tl.float32)
@@ -268,32 +302,37 @@ def _blocks_kernel(
                 advanced = tl.dot(earlier_x, earlier_B, advanced * whole, input_precision=PRECISION)
             state = advanced.to(B.dtype)
 
-        decay = _exp(cum[None, :] - cum[:, None])
+        # What shared memory holds is used at once and let go: the sums over heads leave few registers.
+        to = ((b * h + head) * TILES + i % TILES) * n_blocks + block
+        tl.store(kept_ptr + to, tl.sum(state.to(tl.float32) * dstate.to(tl.float32)))
+        to = to * BLOCK + k
+        xs, dys = x.to(tl.float32), dy.to(tl.float32)
+        dB = tl.dot((xs * (steps * reach_out)[:, None]).to(x.dtype), dstate, dB, input_precision=PRECISION)
+        dC = tl.dot((dys * reach_in[:, None]).to(dy.dtype), state, dC, input_precision=PRECISION)
+
+        # read again for each head, from the cache
+        later = tl.load(later_ptr + (k[:, None] * BLOCK + k[None, :])).to(tl.float32)
+        bits = cum * LOG2E
+        decay = tl.exp2(tl.minimum(bits[None, :] - bits[:, None], 0.0))  # as _exp, with fewer products
         pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION) * decay
         dpairs += pairs * steps[:, None]
         pairs *= later
-        before = tl.sum(pairs, 1)
+        tl.store(before_ptr + to, tl.sum(pairs, 1))
         after = tl.sum(pairs * steps[:, None], 0)
-        from_state = tl.dot(dy, state, input_precision=PRECISION) * reach_in[:, None]
-        dC += from_state
-        reached = tl.sum(from_state * C.to(tl.float32), 1)
 
-        xs, dys = x.to(tl.float32), dy.to(tl.float32)
-        dx = tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * reach_out[:, None]
-        fed = tl.sum(dx * xs, 1)
-        product = tl.sum(xs * dys, 1)
-        dx = tl.dot((later * decay).to(dy.dtype), dy, dx, input_precision=PRECISION)
-        dx = dx * steps[:, None] + dys * (tl.load(D_ptr + head) + own * steps)[:, None]
+        dx = tl.dot((later * decay).to(dy.dtype), dy, input_precision=PRECISION) * steps[:, None]
+        reached = tl.dot(C, tl.trans(state), input_precision=PRECISION) * dys
+        dleft = tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * reach_out[:, None]
+        reached, fed, product = tl.reduce((reached, dleft * xs, xs * dys), 1, _add)
+        tl.store(after_ptr + to, after + reached * reach_in)
+        tl.store(fed_ptr + to, fed)
+        tl.store(product_ptr + to, product)
+        dx += dleft * steps[:, None] + dys * (tl.load(D_ptr + head) + own * steps)[:, None]
         to = dx_ptr + head * dx_stride_h + channel + (k[:, None] * dx_stride_l + p[None, :])
         tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=p_mask)
-        dB = tl.dot((xs * (steps * reach_out)[:, None]).to(x.dtype), dstate, dB, input_precision=PRECISION)
-
-        to = ((b * h + head) * TILES + i % TILES) * n_blocks + block
-        tl.store(kept_ptr + to, tl.sum(state.to(tl.float32) * dstate.to(tl.float32)))
-        tl.store(after_ptr + to * BLOCK + k, after + reached)
-        tl.store(before_ptr + to * BLOCK + k, before)
-        tl.store(fed_ptr + to * BLOCK + k, fed)
-        tl.store(product_ptr + to * BLOCK + k, product)
+    apart = k[:, None] > k[None, :]
+    if PACKED:
+        apart = apart | (ids[:, None] != ids[None, :])
     dpairs = tl.where(apart, 0.0, dpairs).to(B.dtype)
     dB = tl.dot(dpairs, C, dB, input_precision=PRECISION)
     dC = tl.dot(tl.trans(dpairs), B, dC, input_precision=PRECISION)
@@ -340,8 +379,8 @@ def _decays_kernel(
         leaving += tl.load(fed_ptr + at - 1, mask=behind, other=0.0) * steps_behind
         dsteps += before + tl.load(fed_ptr + at, mask=mask, other=0.0)
         product += tl.load(product_ptr + at, mask=mask, other=0.0)
-    own_ptr += (b * n_blocks + block) * BLOCK * g
-    dsteps += product * tl.load(own_ptr + q[None, :] * g + (heads // (h // g))[:, None], mask=mask, other=0.0)
+    own_ptr += (b * n_blocks + block) * g * BLOCK
+    dsteps += product * tl.load(own_ptr + (heads // (h // g))[:, None] * BLOCK + q[None, :], mask=mask, other=0.0)
     base = tl.load(cum_ptr + start - 1, mask=(heads < h) & (start % CHUNK > 0), other=0.0)
     kept *= _exp(tl.load(cum_ptr + end, mask=heads < h, other=0.0) - base)
     if PACKED:
