@@ -13,8 +13,9 @@ FORWARD = {"ROWS": 32, "GROUP": 4, "BLOCK_D": 256, "num_warps": 1}
 BACKWARD = {"ROWS": 64, "GROUP": 4, "BLOCK_D": 256, "num_warps": 2}
 
 
+@torch.compiler.disable
 def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):
-    """See model/reference.py. The channels of x must lie side by side; its rows may lie apart, as in a wider tensor."""
+    """See model/reference.py. The rows of x may lie apart, as in a wider tensor."""
     y = Convolution.apply(x, weight, bias, document_ids, initial_state)
     return y, last_inputs(x, initial_state, weight.shape[1])
 
@@ -287,13 +288,13 @@ def _backward_kernel(
     own = tl.where(first == 0, 1 - WIDTH, first)  # gradients of the rows before are another program's
     for start in range(0, ROWS, GROUP):
         history, unfinished, dweights, dbias, document = _walk(
-            history, unfinished, dweights, dbias, document, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr, dbefore_ptr,
-            first + start, own, l, d, x_stride_l, dy_stride_l, dx_stride_l, channels, inside,
+            history, unfinished, dweights, dbias, document, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr,
+            dbefore_ptr, first + start, own, l, d, x_stride_l, dy_stride_l, dx_stride_l, channels, inside,
             True, PACKED, CARRIED, WIDTH, GROUP,
         )  # fmt: skip
     _walk(
-        history, unfinished, dweights, dbias, document, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr, dbefore_ptr,
-        first + ROWS, own, l, d, x_stride_l, dy_stride_l, dx_stride_l, channels, inside,
+        history, unfinished, dweights, dbias, document, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr,
+        dbefore_ptr, first + ROWS, own, l, d, x_stride_l, dy_stride_l, dx_stride_l, channels, inside,
         False, PACKED, CARRIED, WIDTH, WIDTH - 1,
     )  # fmt: skip
     sums_ptr += (b * tl.num_programs(1) + tl.program_id(1)) * (WIDTH + 1) * d

@@ -1,15 +1,11 @@
 """The operations of model/reference.py on fast GPU kernels, with the same names and signatures.
 
-The scan runs on kernels of model/scan.py; the convolution and the gated norm on those of mamba-ssm and causal-conv1d,
-which model/ops.py checks for; attention on cuDNN or FlashAttention; the loss on a kernel of this file. torch.compile
-leaves a break in the graph around each autograd function of ours and theirs (torch.compiler.disable), so that compiled
-and eager models run the same kernels.
+The Mamba-2 mixer runs on Triton kernels of ours (model/mixer.py and what it is made of); attention on cuDNN or
+FlashAttention; the loss on a kernel of this file. torch.compile leaves a break in the graph around each autograd
+function (torch.compiler.disable), so that compiled and eager models run the same kernels.
 """
 
-import importlib.util
 import inspect
-import sys
-from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +14,11 @@ import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import reference
-from model.reference import IGNORED_TARGET, ssd_recurrence  # noqa: F401  # one position leaves nothing to fuse
+from model.convolution import causal_conv1d  # noqa: F401
+from model.gated_norm import gated_rms_norm  # noqa: F401
+from model.mixer import mixer  # noqa: F401
+from model.reference import IGNORED_TARGET
 from model.scan import ssd  # noqa: F401
-
-# mamba_ssm's __init__ imports Mamba-1's CUDA extension, which its wheel lacks: without it, take the package bare.
-try:
-    import mamba_ssm  # noqa: F401
-except ImportError:
-    sys.modules["mamba_ssm"] = importlib.util.module_from_spec(importlib.util.find_spec("mamba_ssm"))
-
-from causal_conv1d import causal_conv1d_fn
-from mamba_ssm.ops.triton.layernorm_gated import _layer_norm_bwd_kernel, _layer_norm_fwd
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -41,79 +31,16 @@ except ImportError:
     VARLEN = {name: value for name, value in VARLEN.items() if name in inspect.signature(varlen_attn).parameters}
 
 ABOUT = (
-    f"mamba-ssm {version('mamba-ssm')}, causal-conv1d {version('causal-conv1d')}, attention on cuDNN, "
+    f"Triton {triton.__version__}, attention on cuDNN, "
     f"packed documents on {'flash-attn' if flash_attn_varlen_func else 'torch.nn.attention.varlen'}"
 )
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHUNK_TOKENS = 4096  # rows of logits in memory at a time: 0.4 GiB in bfloat16 with 50,304 words
-PROGRAMS_PER_SM = 8  # of the gated norm's backward kernel
-
-
-@torch.compiler.disable
-def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):
-    """See model/reference.py. d must be a multiple of 8, w from 2 to 4."""
-    l, width = x.shape[1], weight.shape[1]
-    if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:  # the kernel reads channels in eights
-        x = x.contiguous()
-    before = initial_state
-    if before is not None:
-        before = before.to(x.dtype).contiguous().mT
-    y = causal_conv1d_fn(x.mT, weight, bias, seq_idx=document_ids, initial_states=before, activation="silu").mT
-    if l >= width - 1:
-        return y, x[:, l - width + 1 :]
-    if initial_state is None:
-        initial_state = x.new_zeros(x.shape[0], width - 1, x.shape[2])
-    return y, torch.cat([initial_state, x], dim=1)[:, l:]
 
 
 def rms_norm(x, weight, eps):
     """See model/reference.py. PyTorch's own kernel, which sums in float32 without a float32 copy of x."""
     return F.rms_norm(x, x.shape[-1:], weight, eps).to(x.dtype)
-
-
-@torch.compiler.disable
-def gated_rms_norm(x, z, weight, n_groups, eps):
-    """See model/reference.py."""
-    return GatedNorm.apply(x, z, weight, n_groups, eps)
-
-
-class GatedNorm(torch.autograd.Function):
-    """mamba_ssm's norm of x * silu(z), with its backward kernel spread over more programs.
-
-    Its own launch gives each multiprocessor one program, which waits for memory row by row.
-    """
-
-    @staticmethod
-    def forward(ctx, x, z, weight, n_groups, eps):
-        d = x.shape[-1]
-        rows, gate = x.reshape(-1, d), z.reshape(-1, d)
-        y, _, scales = _layer_norm_fwd(
-            rows, weight, None, eps, z=gate, group_size=d // n_groups, norm_before_gate=False, is_rms_norm=True
-        )
-        ctx.save_for_backward(rows, gate, weight, scales)
-        ctx.settings = n_groups, eps, x.shape
-        return y.view(x.shape)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, z, weight, scales = ctx.saved_tensors
-        n_groups, eps, shape = ctx.settings
-        n, d = x.shape
-        dy = dy.reshape(n, d).contiguous()
-        dx, dz = torch.empty_like(x), torch.empty_like(z)
-        most = PROGRAMS_PER_SM * torch.cuda.get_device_properties(x.device).multi_processor_count
-        rows = triton.cdiv(n, most)  # of a program
-        programs = triton.cdiv(n, rows)
-        dweights = torch.empty(programs, d, device=x.device, dtype=torch.float32)
-        block = triton.next_power_of_2(d // n_groups)
-        with torch.cuda.device(x.device):
-            _layer_norm_bwd_kernel[(programs, n_groups)](
-                x, weight, None, z, None, dy, dx, dweights, None, dz, None, scales,
-                x.stride(0), z.stride(0), 0, dy.stride(0), dx.stride(0), dz.stride(0), d, 0,
-                n, d // n_groups, eps, rows, BLOCK_N=block,
-                NORM_BEFORE_GATE=False, IS_RMS_NORM=True, num_warps=min(max(block // 256, 1), 8),
-            )  # fmt: skip
-        return dx.view(shape), dz.view(shape), dweights.sum(0).to(weight.dtype), None, None
 
 
 def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
