@@ -1,5 +1,5 @@
-"""What lies between the two projections of a Mamba-2 mixer, as one operation on the kernels of convolution.py, scan.py,
-scan_backward.py and gated_norm.py.
+"""What lies between the two projections of a Mamba-2 mixer, as one operation on the kernels of convolution.py,
+scan.py, scan_backward.py and gated_norm.py.
 
 Every kernel reads its inputs where in_proj left them and writes their gradients side by side into one tensor, so that
 nothing is cut apart or put together again. The backward pass works the convolution's output out anew.
