@@ -50,5 +50,5 @@ class Mamba2(nn.Module):
             None if packing is None else packing.document_ids, state_before["conv"], state_before["ssm"],
         )  # fmt: skip
         if state is not None:
-            state.update(conv=conv, ssm=ssm)
+            state.update(conv=conv.clone(), ssm=ssm)  # not a part of in_proj's product, which it would keep whole
         return self.out_proj(y)
