@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-BACKWARD_CHUNK = 128  # positions between two states that the backward pass starts from
+BACKWARD_CHUNK = {2: 128, 4: 64}  # positions between two states of the backward pass, by the bytes of a number
 PRECISION = tl.constexpr("tf32x3")  # float32 factors in three TF32 parts each: products near float32
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -39,13 +39,13 @@ class Scan(torch.autograd.Function):
 
         x, dt, A, B, C, D, document_ids, initial_state = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy
-        steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
+        steps, cum = decays(dt, A, BACKWARD_CHUNK[x.element_size()], document_ids)
         entering = entering_states(x, B, steps, cum, document_ids, initial_state)
         dx, dlog, dsteps, dB, dC, dD, dinitial = scan_backward(
-            dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering
+            dy.contiguous(), None if dlast is None else dlast.mT, x, steps, cum, A, B, C, D, document_ids, entering
         )
         ddt, dA = dlog * A + dsteps, (dlog * dt).sum(dim=(0, 1))
-        return dx, ddt, dA, dB, dC, dD, None, dinitial if initial_state is not None else None
+        return dx, ddt, dA, dB, dC, dD, None, None if initial_state is None else dinitial.mT
 
 
 def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
@@ -69,7 +69,8 @@ def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
             x_in, B_in, C_in, y_out, steps_in, cum_in, first_in,
             x_strides, B_strides, C_strides, y_strides, chunk_strides, first_strides,
             D.contiguous(), cum, first, contiguous_float(initial_state), last, l, h, h // B.shape[2], steps.shape[2],
-            P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages, num_warps=plan.warps,
+            P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages,
+            num_warps=plan.warps, maxnreg=plan.registers,
         )  # fmt: skip
     return y, last
 
@@ -90,7 +91,8 @@ def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, pla
         _entering_kernel[(b * h, triton.cdiv(p, block_p))](
             x_in, B_in, entering_out, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
             cum, first, contiguous_float(initial_state), l, h, h // B.shape[2], n_chunks,
-            P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages, num_warps=plan.warps,
+            P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages,
+            num_warps=plan.warps, maxnreg=plan.registers,
         )  # fmt: skip
     return entering
 
@@ -102,6 +104,7 @@ class Plan(NamedTuple):
     block_p: int
     warps: int = 4
     stages: int = 2
+    registers: int | None = None  # the most a thread may have
     copies: bool = True  # tiles are moved by the GPU's copy engine (Hopper and newer)
 
 
