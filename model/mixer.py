@@ -64,7 +64,7 @@ class Mixer(torch.autograd.Function):
         x, B, C = by_head(fed, A_log, norm_weight, n_groups)
         dx, dB, dC = by_head(dfed, A_log, norm_weight, n_groups)
         dt, A = rates(dt_before, dt_bias, A_log)
-        steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
+        steps, cum = decays(dt, A, BACKWARD_CHUNK[x.element_size()], document_ids)
         entering = entering_states(x, B, steps, cum, document_ids, ssm_state)
         _, dlog, dsteps, _, _, dD, _ = scan_backward(
             dy.view(x.shape), None, x, steps, cum, A, B, C, D.float(), document_ids, entering, dx, dB, dC
