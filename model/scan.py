@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-BACKWARD_CHUNK = {2: 128, 4: 64}  # positions between two states of the backward pass, by the bytes of a number
+BACKWARD_CHUNK = 128  # positions between two states that the backward pass starts from
 PRECISION = tl.constexpr("tf32x3")  # float32 factors in three TF32 parts each: products near float32
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -39,7 +39,7 @@ class Scan(torch.autograd.Function):
 
         x, dt, A, B, C, D, document_ids, initial_state = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy
-        steps, cum = decays(dt, A, BACKWARD_CHUNK[x.element_size()], document_ids)
+        steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
         entering = entering_states(x, B, steps, cum, document_ids, initial_state)
         dx, dlog, dsteps, dB, dC, dD, dinitial = scan_backward(
             dy.contiguous(), None if dlast is None else dlast.mT, x, steps, cum, A, B, C, D, document_ids, entering
@@ -112,16 +112,15 @@ def plan_for(x, n, chunk=None):
     """chunk: of `decays`, where it is given; else the forward pass's own."""
     b, _, h, p = x.shape
     half = x.element_size() == 2
-    chunk = chunk or (64 if half else 16)
-    # the part of a state that a program's registers hold beside the rest
-    block_p = min(padded(p), max(16, (8192 if half else 4096) // padded(n)))
+    most = 8192 if half else 4096 if chunk is None else 2048  # numbers of a state that registers hold beside the rest
+    block_p = min(padded(p), max(16, most // padded(n)))
     processors, copies = 132, True
     if x.is_cuda:
         properties = torch.cuda.get_device_properties(x.device)
         processors, copies = properties.multi_processor_count, properties.major >= 9
     while block_p > 16 and b * h * triton.cdiv(p, block_p) < processors:
         block_p //= 2  # rows of few heads would leave most of the GPU idle
-    return Plan(chunk, block_p, warps=4 if half else 8, copies=copies)
+    return Plan(chunk or (64 if half else 16), block_p, warps=4 if half else 8, copies=copies)
 
 
 def padded(size):
