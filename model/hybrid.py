@@ -4,6 +4,8 @@ model = HybridLM(PRESETS["nano"])
 loss = model(tokens, targets=targets, document_ids=document_ids)
 """
 
+from importlib import import_module
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,10 +46,11 @@ class HybridLM(nn.Module):
     kernels: "torch", "fused" or "auto" (model/ops.py); on a machine with a GPU, a network that is to run on its CPU
     needs "torch". recompute: "none", or "layer" to keep only each layer's input for the backward pass and run the
     layer again there: about a third more work, a fraction of the memory. z_loss: weight of the term that keeps the
-    softmax's denominator near 1, in training alone (reference.cross_entropy).
+    softmax's denominator near 1, in training alone (reference.cross_entropy). fp8: the layers' matrix products are in
+    8-bit floats in training (model/fp8.py), and `scales.end_step()` is called after each optimizer step.
     """
 
-    def __init__(self, config, kernels="auto", recompute="none", z_loss=0.0):
+    def __init__(self, config, kernels="auto", recompute="none", z_loss=0.0, fp8=False):
         super().__init__()
         if recompute not in RECOMPUTE:
             raise ValueError(f"--recompute {recompute!r} is unknown; choose one of {', '.join(RECOMPUTE)}")
@@ -58,6 +61,7 @@ class HybridLM(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps, self.ops)
         self.head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
+        self.scales = import_module("model.fp8").use_fp8(self) if fp8 else None
 
     @property
     def head_weight(self):

@@ -204,7 +204,9 @@ def make_engine(plan, config, ds_config, weights=None, guard=None):
     guard: a train.guard.Guard that keeps the optimizer from steps that must not be taken, or None.
     """
     torch.manual_seed(config.seed)
-    model = HybridLM(plan.model, kernels=config.kernels, recompute=config.recompute, z_loss=config.z_loss)
+    model = HybridLM(
+        plan.model, kernels=config.kernels, recompute=config.recompute, z_loss=config.z_loss, fp8=config.fp8
+    )
     if weights is not None:
         model.load_state_dict(weights)
     model.to(deepspeed.get_accelerator().current_device_name())
