@@ -13,6 +13,7 @@ Weights stay as they are, and so do checkpoints: only a module in training mode 
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,8 @@ def why_not_fp8():
     if capability < (8, 9):
         name = torch.cuda.get_device_name()
         return f"{name} has no 8-bit products (capability {capability[0]}.{capability[1]}, and they need 8.9)"
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
     return None
 
 

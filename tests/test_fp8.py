@@ -253,6 +253,7 @@ def test_gpu_without_8_bit_products_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     assert "NVIDIA A100 has no 8-bit products (capability 8.0" in fp8.why_not_fp8()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(fp8, "find_spec", lambda package: package)
     assert fp8.why_not_fp8() is None
 
 
