@@ -144,9 +144,10 @@ class Site:
         return x.numel() // x.shape[-1] % FP8_MULTIPLE == 0
 
     @torch.compiler.disable
-    def __call__(self, x, weights, split):
-        """x (..., d_in) times each of the weights (width, d_in), in `split` parts (..., width)."""
-        return Product.apply(x, self, split, *weights)
+    def __call__(self, x, weights, split=()):
+        """x (..., d_in) times each of the weights (width, d_in): (..., widths), or parts of it, `split` wide."""
+        y = Product.apply(x, self, split or (sum(map(len, weights)),), *weights)
+        return y if split else y[0]
 
     def scaled(self, role, device, write):
         """Let write(scale, seen) write this factor in 8 bits. Returns the scale and its inverse."""

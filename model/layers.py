@@ -51,7 +51,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if self.fp8 and self.training and self.fp8.takes(x):
-            return self.fp8(x, [self.weight], [self.out_features])[0]
+            return self.fp8(x, [self.weight])
         return F.linear(x, self.weight)
 
 
@@ -71,11 +71,14 @@ class SplitLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(width, d_in)))
 
     def forward(self, x, split=None):
-        """split: other widths to return the outputs in, where neighbours are to stay together."""
-        weights, split = [getattr(self, name) for name in self.widths], split or list(self.widths.values())
+        """split: other widths to return the outputs in, where neighbours are to stay together; (): all as they lie."""
+        weights = [getattr(self, name) for name in self.widths]
+        if split is None:
+            split = tuple(self.widths.values())
         if self.fp8 and self.training and self.fp8.takes(x):
             return self.fp8(x, weights, split)
-        return F.linear(x, torch.cat(weights)).split(split, dim=-1)
+        product = F.linear(x, torch.cat(weights))
+        return product.split(split, dim=-1) if split else product
 
 
 class RMSNorm(nn.Module):

@@ -10,6 +10,34 @@ import torch.nn.functional as F
 from einops import rearrange
 
 IGNORED_TARGET = -100  # a target that cross_entropy leaves out
+# PyTorch gives float32 products on a CPU to MKL, which leaves the wider half of an AMD processor's vector units idle;
+# oneDNN, which PyTorch has with it, uses them (BENCHMARKS.md).
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x, weight):
+    """x (..., k) times weight^T, (n, k): (..., n)."""
+    if ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > x.shape[-1]:
+        return OneDNNLinear.apply(x, weight)
+    return F.linear(x, weight)
+
+
+class OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _onednn_product(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = _onednn_product(dy, weight.T) if ctx.needs_input_grad[0] else None
+        return dx, _onednn_product(rows.T, x.reshape(-1, x.shape[-1]).T) if ctx.needs_input_grad[1] else None
+
+
+def _onednn_product(x, weight):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):

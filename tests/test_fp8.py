@@ -72,6 +72,7 @@ def test_small_whole_numbers_are_multiplied_exactly(steps):
         got = torch.autograd.grad(y, [x, *module.parameters()], dy.view(2, 16, 48).split(parts, dim=-1))
         for mine, want in zip(got, [dy @ torch.cat(weights), *(dy.T @ x).split([16, 32])], strict=True):
             assert torch.equal(mine, want)
+    assert torch.equal(module(x, split=()), x @ torch.cat(weights).T)
 
 
 def test_products_are_near_those_in_float32():

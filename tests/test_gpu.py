@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.hybrid import HybridLM
 from model.layers import Packing
 from model.ops import load_ops
+from train.checkpoint import Piece
 from train.optim import AdamW8bit
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: products repeat themselves
@@ -196,7 +197,8 @@ def test_cross_entropy_never_holds_the_logits(fused):
     assert torch.cuda.max_memory_allocated() - before < logits / 4
 
 
-def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit():
+@pytest.mark.parametrize("begins", [0, 700])  # within its matrix, whose blocks may be cut
+def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit(begins):
     pytest.importorskip("bitsandbytes")
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
     start = draw(100_003)  # no whole number of blocks, as ZeRO's pieces may be
@@ -210,7 +212,9 @@ def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit():
     def eight_bit(weight):
         small = torch.nn.Parameter(torch.zeros(1, device="cuda"))
         groups = ({"params": [p], "weight_decay": 0.1, "lr": 1e-2} for p in (weight, small))
-        return AdamW8bit(*groups, **settings)
+        optimizer = AdamW8bit(*groups, **settings)
+        optimizer.shard([weight], [Piece("weight", begins, weight.numel(), weight, 0, weight.shape)])
+        return optimizer
 
     plain, packed = (torch.nn.Parameter(start.clone()) for _ in range(2))
     optimize(plain, torch.optim.AdamW([plain], weight_decay=0.1, **settings), 0, 10)

@@ -188,3 +188,19 @@ def test_convolution_with_a_state_and_documents_shows_the_state_to_the_first_alo
     first, _ = reference.causal_conv1d(x[:, :2], weight, bias, None, start)
     second, _ = reference.causal_conv1d(x[:, 2:], weight, bias)
     torch.testing.assert_close(got, torch.cat([first, second], dim=1))
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 5), (3, 1)])
+@pytest.mark.parametrize("n", [1, 24])
+def test_products_and_their_gradients_are_pytorchs(shape, n):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(*shape, 40, generator=generator)[..., ::2].requires_grad_()  # strided, as a slice of a product is
+    weight = torch.randn(n, 20, generator=generator).requires_grad_()
+    dy = torch.randn(*shape, n, generator=generator)
+    for function in (reference.linear, F.linear):
+        y = function(x, weight)
+        found = y, *torch.autograd.grad(y, (x, weight), dy)
+        if function is reference.linear:
+            ours = found
+    for got, want in zip(ours, found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
