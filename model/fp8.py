@@ -27,7 +27,9 @@ DTYPE = {"x": torch.float8_e4m3fn, "weight": torch.float8_e4m3fn, "dy": torch.fl
 # How much larger than the largest of before a value may be: beyond, it is cut. A power of two costs no precision as
 # long as small values stay above the format's smallest, and e5m2 has range to spare.
 HEADROOM = {"x": 2.0, "weight": 2.0, "dy": 4.0}
-CURRENT_STEPS = 16
+# Weights that start at zero, and the gradients behind them, grow three- and twofold in a warm-up's first steps, and by
+# less than HEADROOM from then on.
+CURRENT_STEPS = 4
 FORGET = 0.9  # a step; a spike is forgotten by half in seven
 # Whether the tensor cores add up in fewer bits than float32, which is faster: the sums of the forward pass are short,
 # those of dW as long as a micro-batch has tokens.

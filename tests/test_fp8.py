@@ -268,7 +268,7 @@ def test_micro_batch_that_no_product_takes_is_refused():
 
 # ---- runs
 
-FLAGS = ["--size", "tiny", "--fp8", "--steps", 20, "--save-every", 18, "--eval-every", 0, "--lr", 1e-2]
+FLAGS = ["--size", "tiny", "--fp8", "--steps", 8, "--save-every", 6, "--eval-every", 0, "--lr", 1e-2]
 
 
 def train(data, run, *flags, processes=2):
@@ -288,11 +288,11 @@ def test_resumed_run_has_the_losses_of_an_unbroken_one_bit_for_bit(data, whole, 
     assert "fp8: 7 of the layers' 8 matrix products are in 8 bits, worked out in float32" in said
     assert rows[-1]["loss"] < rows[0]["loss"]
     run = shutil.copytree(run, tmp_path / "run")
-    shutil.rmtree(RunDir(run).checkpoint(20))  # as if it had ended after step 18, with scales of the steps before
+    shutil.rmtree(RunDir(run).checkpoint(8))  # as if it had ended after step 6, with scales of the steps before
     assert train(data, run, "--resume")[0] == rows
 
 
 def test_run_under_zero_3_computes_the_same(data, whole, tmp_path):
-    rows, _ = train(data, tmp_path / "run", "--ds-config", stage_config(tmp_path, 3), "--stop-after", 17)
+    rows, _ = train(data, tmp_path / "run", "--ds-config", stage_config(tmp_path, 3), "--stop-after", 6)
     for row, other in zip(rows, whole[1], strict=False):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
