@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from model.layers import RMSNorm, SplitLinear
+from model.layers import Linear, RMSNorm, SplitLinear
 
 YARN_FAST, YARN_SLOW = 32, 1  # turns within the original context: above, an angle is kept; below, it is interpolated
 
@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.in_proj = SplitLinear(config.d_model, widths)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.out_proj = Linear(config.d_model, config.d_model)
 
     def forward(self, x, packing=None, state=None):
         """state: {} before the first token; keeps "cache", a KVCache of the tokens so far."""

@@ -5,9 +5,9 @@ loss = model(tokens, targets=targets, document_ids=document_ids)
 """
 
 from functools import partial
+from importlib import import_module
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +15,7 @@ from model.attention import Attention
 from model.layers import AddNorm, Packing, RMSNorm, SplitLinear, SwiGLU
 from model.mamba2 import Mamba2
 from model.ops import load_ops
+from model.reference import linear
 
 INIT_STD = 0.02  # GPT-2's; output projections are scaled down by the number of residual additions
 RECOMPUTE = ("none", "layer")
@@ -49,10 +50,11 @@ class HybridLM(nn.Module):
     kernels: "torch", "fused" or "auto" (model/ops.py); on a machine with a GPU, a network that is to run on its CPU
     needs "torch". recompute: "none", or "layer" to keep only each layer's input for the backward pass and run the
     layer again there: about a third more work, a fraction of the memory. z_loss: weight of the term that keeps the
-    softmax's denominator near 1, in training alone (reference.cross_entropy).
+    softmax's denominator near 1, in training alone (reference.cross_entropy). fp8: the layers' matrix products are in
+    8-bit floats in training (model/fp8.py), and `scales.end_step()` is called after each optimizer step.
     """
 
-    def __init__(self, config, kernels="auto", recompute="none", z_loss=0.0):
+    def __init__(self, config, kernels="auto", recompute="none", z_loss=0.0, fp8=False):
         super().__init__()
         if recompute not in RECOMPUTE:
             raise ValueError(f"--recompute {recompute!r} is unknown; choose one of {', '.join(RECOMPUTE)}")
@@ -63,6 +65,7 @@ class HybridLM(nn.Module):
         self.norm = AddNorm(config.d_model, config.norm_eps, self.ops, config.residual_multiplier)
         self.head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
+        self.scales = import_module("model.fp8").use_fp8(self) if fp8 else None
 
     @property
     def head_weight(self):
@@ -116,7 +119,7 @@ class HybridLM(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., d) -> (..., vocab), in float32."""
-        return F.linear(hidden, self.head_weight).float()
+        return linear(hidden, self.head_weight).float()
 
     def forward(self, tokens, targets=None, document_ids=None):
         """Logits (b, l, vocab) in float32; with targets (b, l), the mean loss in nats over those that are not -100."""

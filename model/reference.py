@@ -244,7 +244,7 @@ def cross_entropy(hidden, weight, targets, z_loss=0.0):
     square of log Z is added, Z being the softmax's denominator, to keep log Z near 0 (PaLM, arXiv:2204.02311,
     section 5).
     """
-    logits = F.linear(hidden, weight).float()
+    logits = linear(hidden, weight).float()
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET)
     if z_loss:
         counts = targets != IGNORED_TARGET

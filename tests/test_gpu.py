@@ -10,11 +10,12 @@ Uninitialised memory is filled with NaN (torch's deterministic mode), so that a 
 import math
 import os
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
-from model import reference
+from model import fp8, reference
 from model.config import ModelConfig
 from model.hybrid import HybridLM
 from model.layers import Packing
@@ -278,6 +279,106 @@ def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit(begins):
     optimize(packed, optimizer, 10, 15)
     optimize(again, resumed, 10, 15)
     assert torch.equal(packed, again)
+
+
+# ---- 8-bit floats
+
+with_fp8 = pytest.mark.skipif(bool(fp8.why_not_fp8()), reason=str(fp8.why_not_fp8()))
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def on_kernels_and_twin(name, make):
+    """{what is written: (the kernel's, the twin's)}; make() gives what is written to and the other arguments."""
+    results = []
+    for kernels in ("model.fp8_kernels", "model.fp8_reference"):
+        written, others = make()
+        getattr(import_module(kernels), name)(**written, **others)
+        results.append(written)
+    return {key: (results[0][key], results[1][key]) for key in results[0]}
+
+
+def filled(*shape, dtype):
+    return torch.zeros(shape, dtype=torch.uint8, device="cuda").view(dtype)
+
+
+def bits(x):
+    return x.contiguous().view(torch.uint8)
+
+
+@with_fp8
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wanted", [E4M3, E5M2])
+@pytest.mark.parametrize("shape", [(16, 16), (2000, 8512), (4096, 64)])
+def test_cast_to_8_bits_equals_its_twin(shape, wanted, dtype):
+    n, m = shape
+    x = draw(n, m + 16, dtype=dtype, scale=60.0)[:, 16:]  # rows at a stride
+    x[3, 5], x[4, 4], x[5, 6] = -1e9, 0, 1e-6
+    if n > 16:
+        x[20, 8], x[21, 9], x[22, 10] = torch.nan, torch.inf, -torch.inf
+
+    def make():
+        out, turned = filled(n, m + 32, dtype=wanted)[:, 16:-16], filled(m + 16, n, dtype=wanted)[16:]
+        return {"out": out, "turned": turned, "seen": draw(1)[0] * 0}, {"x": x, "scale": draw(1)[0] * 0 + 2}
+
+    found = on_kernels_and_twin("cast", make)
+    for key in ("out", "turned"):
+        got, want = found[key]
+        nan = want.float().isnan()
+        assert torch.equal(got.float().isnan(), nan)
+        assert torch.equal(bits(got)[~nan], bits(want)[~nan])
+    assert torch.equal(*found["seen"])
+
+
+@with_fp8
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 16), (2000, 4608), (144, 272)])
+def test_swiglu_in_8_bits_equals_its_twin(shape, dtype):
+    n, f = shape
+    gate_up, dh = draw(n, 2 * f, dtype=dtype, scale=3.0), draw(n, f, dtype=dtype, seed=1)
+    gate_up[2, 3], gate_up[2, f + 3] = -200.0, 30.0
+    scale, zero = draw(1)[0] * 0 + 8, draw(1)[0] * 0
+
+    def forward():
+        return {"out": filled(n, f, dtype=E4M3), "seen": zero.clone()}, {"gate_up": gate_up, "scale": scale}
+
+    def backward():
+        turned = {"h_turned": filled(f, n, dtype=E4M3), "turned": filled(2 * f, n, dtype=E5M2)}
+        written = turned | {"out": filled(n, 2 * f, dtype=E5M2), "seen": zero.clone()}
+        return written, {"dh": dh, "gate_up": gate_up, "h_scale": scale, "scale": scale * 64}
+
+    there, back = on_kernels_and_twin("swiglu", forward), on_kernels_and_twin("swiglu_backward", backward)
+    for got, want in (*there.values(), *back.values()):
+        # where the sigmoid's last bit differs, a value may round the other way
+        assert got.dim() == 0 or (got.float() != want.float()).float().mean() < 0.01
+        torch.testing.assert_close(got.float(), want.float(), rtol=0.26, atol=1e-3)
+    assert torch.equal(bits(back["h_turned"][0]).t(), bits(there["out"][0]))
+    assert torch.equal(bits(back["out"][0]).t(), bits(back["turned"][0]))
+
+
+@with_fp8
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("steps", [0, fp8.CURRENT_STEPS])
+def test_model_in_8_bits_equals_itself_on_the_twins(fused, deterministic, monkeypatch, steps, recompute):
+    results = []
+    for twin in (False, True):
+        if twin:
+            monkeypatch.setattr(fp8, "kernels_for", lambda x: import_module("model.fp8_reference"))
+            monkeypatch.setattr(
+                fp8, "multiply",
+                lambda a, b, one, other, dtype, fast: ((a.float() @ b.float().t()) * (one * other)).to(dtype),
+            )  # fmt: skip
+        model = make_model("fused", recompute=recompute)  # float32, or the rounding to bfloat16 would hide the rest
+        model.scales = fp8.use_fp8(model)
+        for _ in range(2):
+            gradients = run(model, tokens(), document_ids(1000), tokens(1))
+            model.scales.end_step()
+            model.scales.steps = max(model.scales.steps, steps)
+        results.append(gradients)
+    plain = run(make_model("fused", torch.bfloat16), tokens(), document_ids(1000), tokens(1))
+    for got, want, without in zip(*results, plain, strict=True):
+        assert (got - want).norm() <= 0.5 * (
+            got - without
+        ).norm() + 1e-6  # rounded alike, but for sums in another order
 
 
 # ---- checkpoints

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args
 
-from model.config import ModelConfig, get_preset
+from model.config import FP8_MULTIPLE, ModelConfig, get_preset
 from train.memory import largest_micro_batch
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
@@ -61,6 +61,7 @@ class TrainConfig:
     seed: int = option(1234, least=0, help="of the first weights and of the order of the data")
     ds_config: str | None = option(None, help="a DeepSpeed JSON (default: ds_configs/zero2.json, or cpu.json where there is no GPU)")
     kernels: str = option("auto", help="which operations run: fused (mamba-ssm, causal-conv1d), torch (PyTorch alone), or auto: fused where its packages and a GPU are present")
+    fp8: bool = option(False, help="the layers' matrix products in 8-bit floats, forward and backward (model/fp8.py); weights, optimizer and everything else as without. Needs a GPU that has them (Hopper, Ada, Blackwell); without a GPU they are worked out in float32, slowly")
     recompute: str = option("none", help="layer: keep only each layer's input for the backward pass and run the layer again there (less memory, more work); none: keep everything")
     save_every: int = option(1000, least=0, help="steps between checkpoints; 0 saves only at the end")
     save: bool = option(True, help="write checkpoints; --no-save leaves none, not even at the end, for runs that only measure")
@@ -225,6 +226,11 @@ def make_plan(config, *, vocab_size, n_tokens, world_size, zero=None, gpu_memory
             model, batch_tokens=batch_tokens, world_size=world_size, zero=zero, recompute=config.recompute,
             optimizer=config.optimizer, memory_gib=gpu_memory_gib,
         )  # fmt: skip
+    if config.fp8 and micro_batch * model.seq_len % FP8_MULTIPLE:
+        raise ValueError(
+            f"--fp8 needs micro-batches of a multiple of {FP8_MULTIPLE} tokens, not {micro_batch} x {model.seq_len}: in others no "
+            "product would be in 8 bits"
+        )
     per_round = world_size * micro_batch * model.seq_len
     if batch_tokens % per_round:
         lower = max(batch_tokens // per_round, 1) * per_round

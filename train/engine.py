@@ -204,7 +204,9 @@ def make_network(shape, config, device):
     """
     torch.manual_seed(config.seed)
     with torch.device(device):
-        return HybridLM(shape, kernels=config.kernels, recompute=config.recompute, z_loss=config.z_loss)
+        return HybridLM(
+            shape, kernels=config.kernels, recompute=config.recompute, z_loss=config.z_loss, fp8=config.fp8
+        )
 
 
 def make_engine(plan, config, ds_config, weights=None, guard=None):
