@@ -116,6 +116,7 @@ def test_random_data_is_a_whole_folder_of_documents_of_about_1024_tokens(tmp_pat
         ("_conv_backward_kernel", "convolution"),
         ("void causal_conv1d_channellast_fwd_kernel<Causal_conv1d_channellast_fwd_kernel_traits>", "convolution"),
         ("_layer_norm_bwd_kernel", "norms"),
+        ("_gating_forward_kernel", "element-wise"),
         ("_gated_norm_forward_kernel", "norms"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::silu_kernel>", "element-wise"),
         ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies"),
