@@ -160,6 +160,7 @@ def figures(run_dir, flags, began):
         "micro_batch": plan["micro_batch"], "grad_accum": plan["grad_accum"], "seq_len": shape.seq_len,
         "batch_tokens": batch_tokens, "zero_stage": record["deepspeed"]["zero_optimization"]["stage"],
         "kernels": record["kernels"], "recompute": record["run"]["recompute"], "optimizer": record["run"]["optimizer"],
+        "fp8": record["run"].get("fp8", False),
         "tokens_per_s": rate, "tokens_per_s_per_gpu": rate / flags.gpus,
         "gflop_per_token": shape.flops_per_token / 1e9,
         "mfu": rate * shape.flops_per_token / (flags.gpus * known.dense_tflops["bf16"] * 1e12) if known else None,
