@@ -70,7 +70,7 @@ def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
             x_strides, B_strides, C_strides, y_strides, chunk_strides, first_strides,
             D.contiguous(), cum, first, contiguous_float(initial_state), last, l, h, h // B.shape[2], keys.shape[2],
             P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages,
-            DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")), num_warps=plan.warps, maxnreg=plan.registers,
+            DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")), num_warps=plan.warps,
         )  # fmt: skip
     return y, last
 
@@ -91,8 +91,7 @@ def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, pla
         _scan_entering_kernel[(b * h, triton.cdiv(p, block_p))](
             x_in, B_in, entering_out, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
             cum, first, contiguous_float(initial_state), l, h, h // B.shape[2], n_chunks,
-            P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages,
-            num_warps=plan.warps, maxnreg=plan.registers,
+            P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages, num_warps=plan.warps,
         )  # fmt: skip
     return entering
 
@@ -104,8 +103,7 @@ class Plan(NamedTuple):
     block_p: int
     warps: int = 4
     stages: int = 2
-    registers: int | None = None  # the most a thread may have
-    copies: bool = True  # tiles are moved by the GPU's copy engine (Hopper and newer)
+    copies: bool = True  # tiles are moved by the copy engine of Hopper and newer, into much shared memory
 
 
 def plan_for(x, n, chunk=None):
@@ -117,11 +115,13 @@ def plan_for(x, n, chunk=None):
     processors, copies = 132, True
     if x.is_cuda:
         properties = torch.cuda.get_device_properties(x.device)
-        processors, copies = properties.multi_processor_count, properties.major >= 9
-    while block_p > (32 if chunk is None else 64) and b * h * triton.cdiv(p, block_p) < processors:
-        block_p //= 2  # rows of few heads would leave most of the GPU idle
-    programs = b * h * triton.cdiv(p, block_p)
-    stages = 3 if half and (chunk is not None or programs <= processors) else 2
+        processors = properties.multi_processor_count
+        copies = properties.major >= 9 and properties.shared_memory_per_block_optin > 160 * 1024
+    # Rows of few heads: smaller parts of them, as long as each has a multiprocessor, and its memory, to itself
+    while block_p > (32 if chunk is None else 64) and 2 * b * h * triton.cdiv(p, block_p) <= processors:
+        block_p //= 2
+    alone = b * h * triton.cdiv(p, block_p) <= processors
+    stages = 3 if half and copies and (chunk is not None or (alone and n <= 128)) else 2
     return Plan(chunk or (64 if half else 16), block_p, 4 if half and copies else 8, stages, copies=copies)
 
 
