@@ -29,7 +29,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, dx_out=None, dB_out=None, dC_out=None):
-    """The gradients of the scan, from dy (b, l, h, p), contiguous, and that of the last state, (b, h, p, n) or None.
+    """The gradients of the scan, from dy (b, l, h, p) and that of the last state, (b, h, p, n) or None.
 
     x (b, l, h, p), B, C (b, l, g, n), and the *_out that take their gradients: rows of any stride, channels side by
     side. steps (dt) and cum (dt * A, summed up from the start of the chunk or document): float32 (b, h, c, q).
@@ -55,6 +55,7 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
     # Programs that share a block leave their sums of dB and dC to add up.
     dBs = dB[None] if launch.splits == 1 else new(launch.splits, *dB.shape)
     dCs = new(2 * launch.splits, *dC.shape)
+    dy, entering = dy.contiguous(), entering.contiguous()
     if document_ids is not None:
         document_ids = document_ids.contiguous()
     if dlast is not None:
@@ -68,7 +69,7 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
             num_warps=launch.states_warps, **settings, **products,
         )  # fmt: skip
         _blocks_kernel[(2 * b * n_blocks, g, launch.splits)](
-            dy, x, B, C, steps, cum, D, document_ids, entering.contiguous(), dstates, dx, dBs, dCs,
+            dy, x, B, C, steps, cum, D, document_ids, entering, dstates, dx, dBs, dCs,
             own, after, before, fed, product, reached, kept, l, h, n_blocks, padded_l, h // g, h // g // launch.splits,
             *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dx.stride()[:3], *dBs.stride()[:4],
             *dCs.stride()[:4], BLOCK_N=block_n, STAGES=launch.stages, num_warps=launch.warps,
