@@ -327,10 +327,9 @@ def _blocks_kernel(
             reach_in = tl.where(enters, _exp(cum), 0.0)
             to = ((b * h + head) * TILES + i % TILES) * n_blocks + block
             tl.store(kept_ptr + to, tl.sum(state.to(tl.float32) * dstate.to(tl.float32)))
-            dys = dy.to(tl.float32) * reach_in[:, None]
             taken = tl.dot(C, tl.trans(state), input_precision=PRECISION)
-            tl.store(reached_ptr + to * BLOCK + k, tl.sum(taken * dys, 1))
-            dC = tl.dot(dys.to(dy.dtype), state, dC, input_precision=PRECISION)
+            tl.store(reached_ptr + to * BLOCK + k, tl.sum(taken * dy.to(tl.float32), 1) * reach_in)
+            dC += tl.dot(dy, state, input_precision=PRECISION) * reach_in[:, None]
         tl.store(dC_ptr + (split * 2 + 1) * dC_stride_s + (k[:, None] * dC_stride_l + n[None, :]), dC, mask=n_mask)
 
 
