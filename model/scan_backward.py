@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.tiles import has_copy_engine, load_tile, store_tile, tiles
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -41,7 +43,7 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
     g, n = B.shape[2:]
     chunk, padded_l = cum.shape[3], cum.shape[2] * cum.shape[3]
     launch = plan(b, l, h, p, g, n, chunk, x.dtype, x.device)
-    block, block_n, tiles = launch.block, max(16, triton.next_power_of_2(n)), triton.cdiv(p, launch.block_p)
+    block, block_n, tiles_p = launch.block, max(16, triton.next_power_of_2(n)), triton.cdiv(p, launch.block_p)
     n_blocks = triton.cdiv(l, block)
     new = partial(torch.empty, device=x.device, dtype=torch.float32)
     dx, dB, dC = (
@@ -49,8 +51,8 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
         for t, out in ((x, dx_out), (B, dB_out), (C, dC_out))
     )
     dstates = new(b, n_blocks, h, p, n, dtype=x.dtype)
-    after, before, fed, product, reached = new(5, b, h, tiles, n_blocks, block)
-    kept, own, dinitial = new(b, h, tiles, n_blocks), new(b, n_blocks, g, block), new(b, h, p, n)
+    after, before, fed, product, reached = new(5, b, h, tiles_p, n_blocks, block)
+    kept, own, dinitial = new(b, h, tiles_p, n_blocks), new(b, n_blocks, g, block), new(b, h, p, n)
     dlog, dsteps, dD = new(b, l, h), new(b, l, h), new(b * n_blocks, h)
     # Programs that share a block leave their sums of dB and dC to add up.
     dBs = dB[None] if launch.splits == 1 else new(launch.splits, *dB.shape)
@@ -63,22 +65,29 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
     settings = dict(CHUNK=chunk, BLOCK=block, PACKED=document_ids is not None)
     products = dict(P=p, N=n, BLOCK_P=launch.block_p, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32")
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _states_kernel[(b * h * triton.cdiv(n, launch.states_block_n), tiles)](
-            dy, dlast, cum, C, document_ids, dstates, dinitial, l, h, n_blocks, padded_l, h // g, *C.stride()[:3],
-            BLOCK_N=launch.states_block_n, LAST=dlast is not None, STAGES=launch.states_stages,
+        # (b, h, l, p) and the like, in tiles of the last two
+        split = partial(tiles, copies=launch.copies)
+        x_in, dy_in, dx_out = (split(t.transpose(1, 2), block, launch.block_p) for t in (x, dy, dx))
+        B_in, C_in = (split(t.transpose(1, 2), block, block_n) for t in (B, C))
+        entering_in, dstates_in = (split(t.flatten(0, 1), launch.block_p, block_n) for t in (entering, dstates))
+        (steps_in, _), cum_in = (split(t.view(b, h, -1, block), 1, block) for t in (steps, cum))
+        narrow = launch.states_block_n
+        _states_kernel[(b * h * triton.cdiv(n, narrow), tiles_p)](
+            *dy_in, *split(C.transpose(1, 2), block, narrow), *cum_in,
+            *split(dstates.flatten(0, 1), launch.block_p, narrow), dlast, cum, document_ids, dinitial,
+            l, h, n_blocks, padded_l, h // g, BLOCK_N=narrow, LAST=dlast is not None, STAGES=launch.states_stages,
             num_warps=launch.states_warps, **settings, **products,
         )  # fmt: skip
         _blocks_kernel[(2 * b * n_blocks, g, launch.splits)](
-            dy, x, B, C, steps, cum, D, document_ids, entering, dstates, dx, dBs, dCs,
-            own, after, before, fed, product, reached, kept, l, h, n_blocks, padded_l, h // g, h // g // launch.splits,
-            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dx.stride()[:3], *dBs.stride()[:4],
-            *dCs.stride()[:4], BLOCK_N=block_n, STAGES=launch.stages, num_warps=launch.warps,
-            **settings, **products,
+            *x_in, *dy_in, *B_in, *C_in, *entering_in, *dstates_in, steps_in, *cum_in, *dx_out,
+            steps, cum, D, document_ids, dBs, dCs, own, after, before, fed, product, reached, kept,
+            l, h, n_blocks, padded_l, h // g, h // g // launch.splits, *dBs.stride()[:4], *dCs.stride()[:4],
+            BLOCK_N=block_n, STAGES=launch.stages, num_warps=launch.warps, **settings, **products,
         )  # fmt: skip
         block_h = min(32, triton.next_power_of_2(h))
         _decays_kernel[(b * n_blocks, triton.cdiv(h, block_h))](
             after, before, fed, product, reached, kept, own, steps, cum, document_ids, dlog, dsteps, dD,
-            l, h, g, n_blocks, padded_l, TILES=tiles, BLOCK_H=block_h, **settings,
+            l, h, g, n_blocks, padded_l, TILES=tiles_p, BLOCK_H=block_h, **settings,
         )  # fmt: skip
     if launch.splits > 1:
         dB.copy_(dBs.sum(0))
@@ -97,6 +106,7 @@ class Launch(NamedTuple):
     states_block_n: int
     states_warps: int
     states_stages: int
+    copies: bool  # by the copy engine
 
 
 PROGRAMS = 132  # at the least, where the shape allows it: the multiprocessors of an H200
@@ -121,12 +131,8 @@ def plan(b, l, h, p, g, n, chunk, dtype, device):
     states_block_n = max(16, min(64, triton.next_power_of_2(n)))
     while states_block_n > 16 and b * h * triton.cdiv(p, block_p) * n // states_block_n < 2 * PROGRAMS:
         states_block_n //= 2
-    return Launch(block, block_p, warps, stages, splits, states_block_n, 4, 3 if dtype.itemsize == 2 else 2)
-
-
-@triton.jit
-def _tile(ptr, row, column, stride, mask):
-    return tl.load(ptr + (row[:, None] * stride + column[None, :]), mask=mask, other=0.0)
+    states_stages = 3 if dtype.itemsize == 2 else 2
+    return Launch(block, block_p, warps, stages, splits, states_block_n, 4, states_stages, has_copy_engine(device))
 
 
 @triton.jit
@@ -142,63 +148,64 @@ def _exp(x):
 
 
 @triton.jit
+def _add(a, b, other_a, other_b):
+    return a + other_a, b + other_b
+
+
+@triton.jit
 def _states_kernel(
-    dy_ptr, dlast_ptr, cum_ptr, C_ptr, ids_ptr, dstates_ptr, dinitial_ptr,
-    l, h, n_blocks, padded_l, heads_of_group, C_stride_b, C_stride_l, C_stride_g,
+    dy_in, dy_strides, C_in, C_strides, cum_in, cum_strides, dstates_out, dstates_strides,
+    dlast_ptr, cum_ptr, ids_ptr, dinitial_ptr, l, h, n_blocks, padded_l, heads_of_group,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, PACKED: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_P x BLOCK_N of a head's state. Stores the gradient of the state that leaves each block."""
     PARTS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # neighbours, so that the cache holds what they share
     row, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    b, head = (row // h).to(tl.int64), row % h
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    b, head = row // h, row % h
+    group, channel = head // heads_of_group, tl.program_id(1) * BLOCK_P
     q = tl.arange(0, BLOCK)
-    dy_ptr += (b * l * h + head) * P
-    C_ptr += b * C_stride_b + head // heads_of_group * C_stride_g
-    cum_ptr += (b * h + head) * padded_l
-    state_mask = (p < P)[:, None] & (n < N)[None, :]
-    tile = p[:, None] * N + n[None, :]
+    p, n = channel + tl.arange(0, BLOCK_P), part * BLOCK_N + tl.arange(0, BLOCK_N)
+    cum_ptr += row.to(tl.int64) * padded_l
     if PACKED:
-        ids_ptr += b * l
+        ids_ptr += b.to(tl.int64) * l
+    at = row.to(tl.int64) * P * N + p[:, None] * N + n[None, :]
+    state_mask = (p < P)[:, None] & (n < N)[None, :]
     if LAST:
-        dstate = tl.load(dlast_ptr + (b * h + head) * P * N + tile, mask=state_mask, other=0.0)
+        dstate = tl.load(dlast_ptr + at, mask=state_mask, other=0.0)
     else:
         dstate = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for i in tl.range(0, n_blocks, num_stages=STAGES):
         block = n_blocks - 1 - i
         start = block * BLOCK
         end = tl.minimum(start + BLOCK, l) - 1
-        inside = start + q < l
-        to = dstates_ptr + ((b * n_blocks + block) * h + head) * P * N
-        tl.store(to + tile, dstate.to(dstates_ptr.dtype.element_ty), mask=state_mask)
-        dy = _tile(dy_ptr + start.to(tl.int64) * (h * P), q, p, h * P, inside[:, None] & (p < P)[None, :])
-        C = _tile(C_ptr + start.to(tl.int64) * C_stride_l, q, n, C_stride_l, inside[:, None] & (n < N)[None, :])
+        # Each load stands where its value is first wanted: earlier, it would hold registers.
+        store_tile(
+            dstates_out, dstates_strides, b * n_blocks + block, head, channel, part * BLOCK_N, P, N,
+            dstate.to(dy_in.dtype if dy_strides is None else dy_in.dtype.element_ty), BLOCK_P, BLOCK_N,
+        )  # fmt: skip
         base = _base(cum_ptr, start, CHUNK)
-        reach_in = _exp(tl.load(cum_ptr + start + q, mask=inside, other=0.0) - base)
-        whole = _exp(tl.load(cum_ptr + end) - base)
+        cum = load_tile(cum_in, cum_strides, b, head, block, 0, n_blocks, BLOCK, 1, BLOCK).reshape(BLOCK)
+        reach_in, whole = _exp(cum - base), _exp(tl.load(cum_ptr + end) - base)
         if PACKED:
             before = tl.load(ids_ptr + tl.maximum(start - 1, 0))
-            reach_in = tl.where(tl.load(ids_ptr + start + q, mask=inside, other=-1) == before, reach_in, 0.0)
+            ids = tl.load(ids_ptr + start + q, mask=start + q < l, other=-1)
+            reach_in = tl.where(ids == before, reach_in, 0.0)
             whole = tl.where(tl.load(ids_ptr + end) == before, whole, 0.0)
-        dys = (tl.trans(dy) * reach_in[None, :]).to(C.dtype)
-        dstate = tl.dot(dys, C, dstate * whole, input_precision=PRECISION)
-    tl.store(dinitial_ptr + (b * h + head) * P * N + tile, dstate, mask=state_mask)
-
-
-@triton.jit
-def _add(a, b, other_a, other_b):
-    return a + other_a, b + other_b
+        dy = load_tile(dy_in, dy_strides, b, head, start, channel, l, P, BLOCK, BLOCK_P)
+        fed = (tl.trans(dy) * reach_in[None, :]).to(dy.dtype)
+        C = load_tile(C_in, C_strides, b, group, start, part * BLOCK_N, l, N, BLOCK, BLOCK_N)
+        dstate = tl.dot(fed, C, dstate * whole, input_precision=PRECISION)
+    tl.store(dinitial_ptr + at, dstate, mask=state_mask)
 
 
 @triton.jit
 def _blocks_kernel(
-    dy_ptr, x_ptr, B_ptr, C_ptr, steps_ptr, cum_ptr, D_ptr, ids_ptr, entering_ptr, dstates_ptr, dx_ptr, dB_ptr, dC_ptr,
+    x_in, x_strides, dy_in, dy_strides, B_in, B_strides, C_in, C_strides, entering_in, entering_strides,
+    dstates_in, dstates_strides, steps_in, cum_in, cum_strides, dx_out, dx_strides,
+    steps_ptr, cum_ptr, D_ptr, ids_ptr, dB_ptr, dC_ptr,
     own_ptr, after_ptr, before_ptr, fed_ptr, product_ptr, reached_ptr, kept_ptr,
-    l, h, n_blocks, padded_l, heads_of_group, heads_of_program,
-    x_stride_b, x_stride_l, x_stride_h, B_stride_b, B_stride_l, B_stride_g, C_stride_b, C_stride_l, C_stride_g,
-    dx_stride_b, dx_stride_l, dx_stride_h, dB_stride_s, dB_stride_b, dB_stride_l, dB_stride_g,
+    l, h, n_blocks, padded_l, heads_of_group, heads_of_program, dB_stride_s, dB_stride_b, dB_stride_l, dB_stride_g,
     dC_stride_s, dC_stride_b, dC_stride_l, dC_stride_g,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -208,27 +215,26 @@ def _blocks_kernel(
     Of two neighbours one takes what the tokens gave, to each other and to the leaving state, and the other what they
     took from the entering state: registers hold one sum over heads each, and the cache the inputs of both.
     Tiles of pairs are (k, q). after and before: the pairs' sums over k and over q; fed: x dS' B out; product: x dy;
-    reached: dy S C in; kept: S dS'.
+    reached: dy S C in; kept: S dS'; own: B C of a token with itself.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     side, of_block = tl.program_id(0) % 2, tl.program_id(0) // 2
-    b, block = (of_block // n_blocks).to(tl.int64), of_block % n_blocks
+    b, block = of_block // n_blocks, of_block % n_blocks
     group, split = tl.program_id(1), tl.program_id(2)
     start = block * BLOCK
     end = tl.minimum(start + BLOCK, l) - 1
-    k, p, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    k, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_N)
     inside = start + k < l
-    x_ptr += b * x_stride_b + start.to(tl.int64) * x_stride_l
-    dy_ptr += (b * l + start) * (h * P)
-    B_ptr += b * B_stride_b + start.to(tl.int64) * B_stride_l + group * B_stride_g
-    C_ptr += b * C_stride_b + start.to(tl.int64) * C_stride_l + group * C_stride_g
-    dC_ptr += b * dC_stride_b + start.to(tl.int64) * dC_stride_l + group * dC_stride_g
+    row = b.to(tl.int64)
     n_mask = inside[:, None] & (n < N)[None, :]
     first = group * heads_of_group + split * heads_of_program
+    dC_ptr += row * dC_stride_b + start.to(tl.int64) * dC_stride_l + group * dC_stride_g
     if PACKED:
-        ids_ptr += b * l
+        ids_ptr += row * l
+    # In the loops each load stands where its value is first wanted: earlier, it would hold registers.
     if side == 0:
-        B, C = _tile(B_ptr, k, n, B_stride_l, n_mask), _tile(C_ptr, k, n, C_stride_l, n_mask)
+        B = load_tile(B_in, B_strides, b, group, start, 0, l, N, BLOCK, BLOCK_N)
+        C = load_tile(C_in, C_strides, b, group, start, 0, l, N, BLOCK, BLOCK_N)
         apart = k[:, None] > k[None, :]
         leaves = inside
         if PACKED:
@@ -240,27 +246,25 @@ def _blocks_kernel(
         later = tl.where(apart | (k[:, None] == k[None, :]), 0.0, later)
         own = tl.sum(B.to(tl.float32) * C.to(tl.float32), 1)
         if split == 0:
-            tl.store(own_ptr + ((b * n_blocks + block) * tl.num_programs(1) + group) * BLOCK + k, own)
-        dx_ptr += b * dx_stride_b + start.to(tl.int64) * dx_stride_l
+            tl.store(own_ptr + ((row * n_blocks + block) * tl.num_programs(1) + group) * BLOCK + k, own)
         dpairs = tl.zeros((BLOCK, BLOCK), tl.float32)
         dB = tl.zeros((BLOCK, BLOCK_N), tl.float32)
         for i in tl.range(0, heads_of_program * TILES, num_stages=STAGES):
             head = first + i // TILES
             channel = i % TILES * BLOCK_P
-            p_mask = inside[:, None] & (p < P - channel)[None, :]
-            x = _tile(x_ptr + head * x_stride_h + channel, k, p, x_stride_l, p_mask)
-            dy = _tile(dy_ptr + head * P + channel, k, p, h * P, p_mask)
-            from_ptr = dstates_ptr + (((b * n_blocks + block) * h + head) * P + channel) * N
-            dstate = _tile(from_ptr, p, n, N, (p < P - channel)[:, None] & (n < N)[None, :])
-            head_cum_ptr = cum_ptr + (b * h + head) * padded_l
-            steps = tl.load(steps_ptr + (b * h + head) * padded_l + start + k, mask=inside, other=0.0)
-            cum = tl.load(head_cum_ptr + start + k, mask=inside, other=0.0)
-            reach_out = tl.where(leaves, _exp(tl.load(head_cum_ptr + end + 0 * k) - cum), 0.0)
-            to = (((b * h + head) * TILES + i % TILES) * n_blocks + block) * BLOCK + k
-            # In the order that lets go of what it loads soonest: the two sums over heads leave few registers.
-            xs, dys = x.to(tl.float32), dy.to(tl.float32)
-            dB = tl.dot((xs * (steps * reach_out)[:, None]).to(x.dtype), dstate, dB, input_precision=PRECISION)
+            to = (((row * h + head) * TILES + i % TILES) * n_blocks + block) * BLOCK + k
+            cum = load_tile(cum_in, cum_strides, b, head, block, 0, n_blocks, BLOCK, 1, BLOCK).reshape(BLOCK)
+            steps = load_tile(steps_in, cum_strides, b, head, block, 0, n_blocks, BLOCK, 1, BLOCK).reshape(BLOCK)
+            last = tl.load(cum_ptr + (row * h + head) * padded_l + end + 0 * k)
+            reach_out = tl.where(leaves, _exp(last - cum), 0.0)
+            dstate = load_tile(
+                dstates_in, dstates_strides, b * n_blocks + block, head, channel, 0, P, N, BLOCK_P, BLOCK_N
+            )
+            x = load_tile(x_in, x_strides, b, head, start, channel, l, P, BLOCK, BLOCK_P)
+            dB += tl.dot(x, dstate, input_precision=PRECISION) * (steps * reach_out)[:, None]
             dx = tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * reach_out[:, None]
+            dy = load_tile(dy_in, dy_strides, b, head, start, channel, l, P, BLOCK, BLOCK_P)
+            xs, dys = x.to(tl.float32), dy.to(tl.float32)
             fed, product = tl.reduce((dx * xs, xs * dys), 1, _add)
             tl.store(fed_ptr + to, fed)
             tl.store(product_ptr + to, product)
@@ -268,23 +272,22 @@ def _blocks_kernel(
             bits = cum * LOG2E
             decay = tl.exp2(tl.minimum(bits[None, :] - bits[:, None], 0.0))  # as _exp, with fewer products
             dx = tl.dot((later * decay * steps[:, None]).to(dy.dtype), dy, dx, input_precision=PRECISION)
-            to_ptr = dx_ptr + head * dx_stride_h + channel + (k[:, None] * dx_stride_l + p[None, :])
-            tl.store(to_ptr, dx.to(dx_ptr.dtype.element_ty), mask=p_mask)
+            store_tile(dx_out, dx_strides, b, head, start, channel, l, P, dx.to(dy.dtype), BLOCK, BLOCK_P)
             pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION) * decay
             dpairs += pairs * steps[:, None]
             pairs *= later
             tl.store(before_ptr + to, tl.sum(pairs, 1))
             tl.store(after_ptr + to, tl.sum(pairs * steps[:, None], 0))
         dpairs = tl.where(apart, 0.0, dpairs).to(B.dtype)
-        C = _tile(C_ptr, k, n, C_stride_l, n_mask)  # again: it made room in the loop
+        C = load_tile(C_in, C_strides, b, group, start, 0, l, N, BLOCK, BLOCK_N)  # again: it made room in the loop
         dB = tl.dot(dpairs, C, dB, input_precision=PRECISION)
         dC = tl.dot(tl.trans(dpairs), B, input_precision=PRECISION)
-        dB_ptr += split * dB_stride_s + b * dB_stride_b + start.to(tl.int64) * dB_stride_l + group * dB_stride_g
+        dB_ptr += split * dB_stride_s + row * dB_stride_b + start.to(tl.int64) * dB_stride_l + group * dB_stride_g
         tl.store(dB_ptr + (k[:, None] * dB_stride_l + n[None, :]), dB.to(dB_ptr.dtype.element_ty), mask=n_mask)
         tl.store(dC_ptr + split * 2 * dC_stride_s + (k[:, None] * dC_stride_l + n[None, :]), dC, mask=n_mask)
     else:
         chunk = start // CHUNK
-        C = _tile(C_ptr, k, n, C_stride_l, n_mask)
+        C = load_tile(C_in, C_strides, b, group, start, 0, l, N, BLOCK, BLOCK_N)
         enters = inside
         if PACKED:
             before = tl.load(ids_ptr + tl.maximum(start - 1, 0))
@@ -293,43 +296,52 @@ def _blocks_kernel(
         for i in tl.range(0, heads_of_program * TILES, num_stages=STAGES):
             head = first + i // TILES
             channel = i % TILES * BLOCK_P
-            dy = _tile(dy_ptr + head * P + channel, k, p, h * P, inside[:, None] & (p < P - channel)[None, :])
-            state_mask = (p < P - channel)[:, None] & (n < N)[None, :]
-            from_ptr = dstates_ptr + (((b * n_blocks + block) * h + head) * P + channel) * N
-            dstate = _tile(from_ptr, p, n, N, state_mask)
-            from_ptr = entering_ptr + (((b * (padded_l // CHUNK) + chunk) * h + head) * P + channel) * N
-            state = _tile(from_ptr, p, n, N, state_mask)
-            head_steps_ptr = steps_ptr + (b * h + head) * padded_l
-            head_cum_ptr = cum_ptr + (b * h + head) * padded_l
-            cum = tl.load(head_cum_ptr + start + k, mask=inside, other=0.0)
+            state = load_tile(
+                entering_in,
+                entering_strides,
+                b * (padded_l // CHUNK) + chunk,
+                head,
+                channel,
+                0,
+                P,
+                N,
+                BLOCK_P,
+                BLOCK_N,
+            )
+            head_cum_ptr = cum_ptr + (row * h + head) * padded_l
             if CHUNK > BLOCK:
-                cum -= _base(head_cum_ptr, start, CHUNK)
+                head_steps_ptr = steps_ptr + (row * h + head) * padded_l
                 advanced = state.to(tl.float32)
                 for j in tl.static_range(CHUNK // BLOCK - 1):
                     at = chunk * CHUNK + j * BLOCK
                     goes = at < start  # a block of the chunk before this one
-                    back = at - start + k
-                    mask = goes & (k >= 0)
-                    x_mask = mask[:, None] & (p < P - channel)[None, :]
-                    x = _tile(x_ptr + head * x_stride_h + channel, back, p, x_stride_l, x_mask)
-                    B = _tile(B_ptr, back, n, B_stride_l, mask[:, None] & (n < N)[None, :])
                     last = tl.load(head_cum_ptr + at + BLOCK - 1, mask=goes, other=0.0)
-                    feeds = _exp(last - tl.load(head_cum_ptr + at + k, mask=mask, other=0.0))
-                    feeds *= tl.load(head_steps_ptr + at + k, mask=mask, other=0.0)
+                    feeds = _exp(last - tl.load(head_cum_ptr + at + k, mask=goes & (k >= 0), other=0.0))
+                    feeds *= tl.load(head_steps_ptr + at + k, mask=goes & (k >= 0), other=0.0)
                     whole = _exp(last - _base(head_cum_ptr, at, CHUNK))
                     if PACKED:
                         id = tl.load(ids_ptr + tl.minimum(at + BLOCK - 1, start))
-                        feeds = tl.where(tl.load(ids_ptr + at + k, mask=mask, other=-1) == id, feeds, 0.0)
+                        ids = tl.load(ids_ptr + at + k, mask=goes & (k >= 0), other=-1)
+                        feeds = tl.where(ids == id, feeds, 0.0)
                         whole = tl.where(tl.load(ids_ptr + tl.maximum(at - 1, 0)) == id, whole, 0.0)
+                    x = load_tile(x_in, x_strides, b, head, at, channel, l, P, BLOCK, BLOCK_P)
                     fed = (tl.trans(x) * feeds[None, :]).to(C.dtype)
+                    B = load_tile(B_in, B_strides, b, group, at, 0, l, N, BLOCK, BLOCK_N)
                     advanced = tl.dot(fed, B, advanced * tl.where(goes, whole, 1.0), input_precision=PRECISION)
                 state = advanced.to(C.dtype)
-            reach_in = tl.where(enters, _exp(cum), 0.0)
-            to = ((b * h + head) * TILES + i % TILES) * n_blocks + block
+            dstate = load_tile(
+                dstates_in, dstates_strides, b * n_blocks + block, head, channel, 0, P, N, BLOCK_P, BLOCK_N
+            )
+            to = ((row * h + head) * TILES + i % TILES) * n_blocks + block
             tl.store(kept_ptr + to, tl.sum(state.to(tl.float32) * dstate.to(tl.float32)))
+            cum = load_tile(cum_in, cum_strides, b, head, block, 0, n_blocks, BLOCK, 1, BLOCK).reshape(BLOCK)
+            if CHUNK > BLOCK:
+                cum -= _base(head_cum_ptr, start, CHUNK)
+            reach_in = tl.where(enters, _exp(cum), 0.0)
+            dy = load_tile(dy_in, dy_strides, b, head, start, channel, l, P, BLOCK, BLOCK_P)
+            dC += tl.dot(dy, state, input_precision=PRECISION) * reach_in[:, None]
             taken = tl.dot(C, tl.trans(state), input_precision=PRECISION)
             tl.store(reached_ptr + to * BLOCK + k, tl.sum(taken * dy.to(tl.float32), 1) * reach_in)
-            dC += tl.dot(dy, state, input_precision=PRECISION) * reach_in[:, None]
         tl.store(dC_ptr + (split * 2 + 1) * dC_stride_s + (k[:, None] * dC_stride_l + n[None, :]), dC, mask=n_mask)
 
 
