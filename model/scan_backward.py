@@ -171,10 +171,9 @@ def _states_kernel(
         ids_ptr += b.to(tl.int64) * l
     at = row.to(tl.int64) * P * N + p[:, None] * N + n[None, :]
     state_mask = (p < P)[:, None] & (n < N)[None, :]
+    dstate = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if LAST:
         dstate = tl.load(dlast_ptr + at, mask=state_mask, other=0.0)
-    else:
-        dstate = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for i in tl.range(0, n_blocks, num_stages=STAGES):
         block = n_blocks - 1 - i
         start = block * BLOCK
@@ -262,13 +261,13 @@ def _blocks_kernel(
             )
             x = load_tile(x_in, x_strides, b, head, start, channel, l, P, BLOCK, BLOCK_P)
             dB += tl.dot(x, dstate, input_precision=PRECISION) * (steps * reach_out)[:, None]
-            dx = tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * reach_out[:, None]
+            dx = tl.dot(B, tl.trans(dstate), input_precision=PRECISION)
             dy = load_tile(dy_in, dy_strides, b, head, start, channel, l, P, BLOCK, BLOCK_P)
             xs, dys = x.to(tl.float32), dy.to(tl.float32)
             fed, product = tl.reduce((dx * xs, xs * dys), 1, _add)
-            tl.store(fed_ptr + to, fed)
+            tl.store(fed_ptr + to, fed * reach_out)
             tl.store(product_ptr + to, product)
-            dx = dx * steps[:, None] + dys * (tl.load(D_ptr + head) + own * steps)[:, None]
+            dx = dx * (steps * reach_out)[:, None] + dys * (tl.load(D_ptr + head) + own * steps)[:, None]
             bits = cum * LOG2E
             decay = tl.exp2(tl.minimum(bits[None, :] - bits[:, None], 0.0))  # as _exp, with fewer products
             dx = tl.dot((later * decay * steps[:, None]).to(dy.dtype), dy, dx, input_precision=PRECISION)

@@ -12,7 +12,7 @@ def has_copy_engine(device):
 
 
 def tiles(tensor, rows, columns, copies=True):
-    """A tensor of four dimensions in tiles of its last two, as load_tile and store_tile take it: what it is, its strides.
+    """A tensor of four dimensions in tiles of its last two, as load_tile takes it: what it is, and its strides.
 
     copies: by the copy engine, where the strides are whole multiples of 16 bytes; then there are no strides.
     """
