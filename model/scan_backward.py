@@ -51,7 +51,7 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
         for t, out in ((x, dx_out), (B, dB_out), (C, dC_out))
     )
     dstates = new(b, n_blocks, h, p, n, dtype=x.dtype)
-    after, before, fed, product, reached = new(5, b, h, tiles_p, n_blocks, block)
+    sums, reached = new(b, h, tiles_p, n_blocks, 4, block), new(b, h, tiles_p, n_blocks, block)
     kept, own, dinitial = new(b, h, tiles_p, n_blocks), new(b, n_blocks, g, block), new(b, h, p, n)
     dlog, dsteps, dD = new(b, l, h), new(b, l, h), new(b * n_blocks, h)
     # Programs that share a block leave their sums of dB and dC to add up.
@@ -80,13 +80,13 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
         )  # fmt: skip
         _blocks_kernel[(2 * b * n_blocks, g, launch.splits)](
             *x_in, *dy_in, *B_in, *C_in, *entering_in, *dstates_in, steps_in, *cum_in, *dx_out,
-            steps, cum, D, document_ids, dBs, dCs, own, after, before, fed, product, reached, kept,
+            steps, cum, D, document_ids, dBs, dCs, own, sums, reached, kept,
             l, h, n_blocks, padded_l, h // g, h // g // launch.splits, *dBs.stride()[:4], *dCs.stride()[:4],
             BLOCK_N=block_n, STAGES=launch.stages, num_warps=launch.warps, **settings, **products,
         )  # fmt: skip
-        block_h = min(32, triton.next_power_of_2(h))
+        block_h = min(16, triton.next_power_of_2(h))
         _decays_kernel[(b * n_blocks, triton.cdiv(h, block_h))](
-            after, before, fed, product, reached, kept, own, steps, cum, document_ids, dlog, dsteps, dD,
+            sums, reached, kept, own, steps, cum, document_ids, dlog, dsteps, dD,
             l, h, g, n_blocks, padded_l, TILES=tiles_p, BLOCK_H=block_h, **settings,
         )  # fmt: skip
     if launch.splits > 1:
@@ -203,9 +203,8 @@ def _blocks_kernel(
     x_in, x_strides, dy_in, dy_strides, B_in, B_strides, C_in, C_strides, entering_in, entering_strides,
     dstates_in, dstates_strides, steps_in, cum_in, cum_strides, dx_out, dx_strides,
     steps_ptr, cum_ptr, D_ptr, ids_ptr, dB_ptr, dC_ptr,
-    own_ptr, after_ptr, before_ptr, fed_ptr, product_ptr, reached_ptr, kept_ptr,
-    l, h, n_blocks, padded_l, heads_of_group, heads_of_program, dB_stride_s, dB_stride_b, dB_stride_l, dB_stride_g,
-    dC_stride_s, dC_stride_b, dC_stride_l, dC_stride_g,
+    own_ptr, sums_ptr, reached_ptr, kept_ptr, l, h, n_blocks, padded_l, heads_of_group, heads_of_program,
+    dB_stride_s, dB_stride_b, dB_stride_l, dB_stride_g, dC_stride_s, dC_stride_b, dC_stride_l, dC_stride_g,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +212,7 @@ def _blocks_kernel(
 
     Of two neighbours one takes what the tokens gave, to each other and to the leaving state, and the other what they
     took from the entering state: registers hold one sum over heads each, and the cache the inputs of both.
-    Tiles of pairs are (k, q). after and before: the pairs' sums over k and over q; fed: x dS' B out; product: x dy;
+    Tiles of pairs are (k, q). sums: fed, x dS' B; product, x dy; before and after, the pairs' sums over q and over k.
     reached: dy S C in; kept: S dS'; own: B C of a token with itself.
     """
     TILES: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -251,7 +250,7 @@ def _blocks_kernel(
         for i in tl.range(0, heads_of_program * TILES, num_stages=STAGES):
             head = first + i // TILES
             channel = i % TILES * BLOCK_P
-            to = (((row * h + head) * TILES + i % TILES) * n_blocks + block) * BLOCK + k
+            to = (((row * h + head) * TILES + i % TILES) * n_blocks + block) * (4 * BLOCK) + k
             cum = load_tile(cum_in, cum_strides, b, head, block, 0, n_blocks, BLOCK, 1, BLOCK).reshape(BLOCK)
             steps = load_tile(steps_in, cum_strides, b, head, block, 0, n_blocks, BLOCK, 1, BLOCK).reshape(BLOCK)
             last = tl.load(cum_ptr + (row * h + head) * padded_l + end + 0 * k)
@@ -265,8 +264,8 @@ def _blocks_kernel(
             dy = load_tile(dy_in, dy_strides, b, head, start, channel, l, P, BLOCK, BLOCK_P)
             xs, dys = x.to(tl.float32), dy.to(tl.float32)
             fed, product = tl.reduce((dx * xs, xs * dys), 1, _add)
-            tl.store(fed_ptr + to, fed * reach_out)
-            tl.store(product_ptr + to, product)
+            tl.store(sums_ptr + to, fed)
+            tl.store(sums_ptr + to + BLOCK, product)
             dx = dx * (steps * reach_out)[:, None] + dys * (tl.load(D_ptr + head) + own * steps)[:, None]
             bits = cum * LOG2E
             decay = tl.exp2(tl.minimum(bits[None, :] - bits[:, None], 0.0))  # as _exp, with fewer products
@@ -275,8 +274,8 @@ def _blocks_kernel(
             pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION) * decay
             dpairs += pairs * steps[:, None]
             pairs *= later
-            tl.store(before_ptr + to, tl.sum(pairs, 1))
-            tl.store(after_ptr + to, tl.sum(pairs * steps[:, None], 0))
+            tl.store(sums_ptr + to + 2 * BLOCK, tl.sum(pairs, 1))
+            tl.store(sums_ptr + to + 3 * BLOCK, tl.sum(pairs * steps[:, None], 0))
         dpairs = tl.where(apart, 0.0, dpairs).to(B.dtype)
         C = load_tile(C_in, C_strides, b, group, start, 0, l, N, BLOCK, BLOCK_N)  # again: it made room in the loop
         dB = tl.dot(dpairs, C, dB, input_precision=PRECISION)
@@ -351,9 +350,9 @@ def _join(begins_a, sum_a, begins_b, sum_b):
 
 @triton.jit
 def _decays_kernel(
-    after_ptr, before_ptr, fed_ptr, product_ptr, reached_ptr, kept_ptr, own_ptr, steps_ptr, cum_ptr, ids_ptr,
-    dlog_ptr, dsteps_ptr, dD_ptr, l, h, g, n_blocks, padded_l, TILES: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr,
+    sums_ptr, reached_ptr, kept_ptr, own_ptr, steps_ptr, cum_ptr, ids_ptr, dlog_ptr, dsteps_ptr, dD_ptr,
+    l, h, g, n_blocks, padded_l, TILES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """A program: a block of tokens, BLOCK_H heads."""
     b, block = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
@@ -362,11 +361,20 @@ def _decays_kernel(
     end = tl.minimum(start + BLOCK, l) - 1
     inside = start + q < l
     mask = (heads < h)[:, None] & inside[None, :]
-    behind = mask & (q > 0)[None, :]
+    before = mask & (q > 0)[None, :]  # there is a token before this one in the block
     cum_ptr += (b * h + heads) * padded_l
     steps_ptr += (b * h + heads) * padded_l + start
     steps = tl.load(steps_ptr[:, None] + q[None, :], mask=mask, other=0.0)
-    steps_behind = tl.load(steps_ptr[:, None] + q[None, :] - 1, mask=behind, other=0.0)
+    last = tl.load(cum_ptr + end, mask=heads < h, other=0.0)
+    reach_out = _exp(last[:, None] - tl.load((cum_ptr + start)[:, None] + q[None, :], mask=mask, other=0.0))
+    gives = _exp(last[:, None] - tl.load((cum_ptr + start)[:, None] + q[None, :] - 1, mask=before, other=0.0))
+    gives *= tl.load(steps_ptr[:, None] + q[None, :] - 1, mask=before, other=0.0)  # the token before, to what leaves
+    if PACKED:
+        ids_ptr += b * l
+        id, last_id = tl.load(ids_ptr + start + q, mask=inside, other=-1), tl.load(ids_ptr + end)
+        reach_out = tl.where((id == last_id)[None, :], reach_out, 0.0)
+        id_before = tl.load(ids_ptr + start + q - 1, mask=inside & (q > 0), other=-1)
+        gives = tl.where((id_before == last_id)[None, :], gives, 0.0)
     crossing = tl.zeros((BLOCK_H, BLOCK), tl.float32)
     leaving = tl.zeros((BLOCK_H, BLOCK), tl.float32)
     dsteps = tl.zeros((BLOCK_H, BLOCK), tl.float32)
@@ -375,24 +383,23 @@ def _decays_kernel(
     for tile in tl.static_range(TILES):
         at = ((b * h + heads) * TILES + tile) * n_blocks + block
         kept += tl.load(kept_ptr + at, mask=heads < h, other=0.0)
-        at = at[:, None] * BLOCK + q[None, :]
-        before = tl.load(before_ptr + at, mask=mask, other=0.0)
-        crossing += tl.load(after_ptr + at, mask=mask, other=0.0) - steps * before
-        crossing += tl.load(reached_ptr + at, mask=mask, other=0.0)
-        leaving += tl.load(fed_ptr + at - 1, mask=behind, other=0.0) * steps_behind
-        dsteps += before + tl.load(fed_ptr + at, mask=mask, other=0.0)
-        product += tl.load(product_ptr + at, mask=mask, other=0.0)
+        crossing += tl.load(reached_ptr + at[:, None] * BLOCK + q[None, :], mask=mask, other=0.0)
+        at = at[:, None] * (4 * BLOCK) + q[None, :]
+        leaving += tl.load(sums_ptr + at - 1, mask=before, other=0.0) * gives
+        dsteps += tl.load(sums_ptr + at, mask=mask, other=0.0) * reach_out
+        product += tl.load(sums_ptr + at + BLOCK, mask=mask, other=0.0)
+        columns = tl.load(sums_ptr + at + 2 * BLOCK, mask=mask, other=0.0)
+        dsteps += columns
+        crossing += tl.load(sums_ptr + at + 3 * BLOCK, mask=mask, other=0.0) - steps * columns
     own_ptr += (b * n_blocks + block) * g * BLOCK
     dsteps += product * tl.load(own_ptr + (heads // (h // g))[:, None] * BLOCK + q[None, :], mask=mask, other=0.0)
     base = tl.load(cum_ptr + start - 1, mask=(heads < h) & (start % CHUNK > 0), other=0.0)
-    kept *= _exp(tl.load(cum_ptr + end, mask=heads < h, other=0.0) - base)
+    kept *= _exp(last - base)
     if PACKED:
-        ids_ptr += b * l
-        id = tl.load(ids_ptr + start + q, mask=inside, other=-1)
         after = tl.load(ids_ptr + start + q + 1, mask=start + q < end, other=-1)
         ends = tl.broadcast_to((id != after).to(tl.int32)[None, :], (BLOCK_H, BLOCK))
         _, crossing = tl.associative_scan((ends, crossing), 1, _join, reverse=True)
-        kept = tl.where(tl.load(ids_ptr + tl.maximum(start - 1, 0)) == tl.load(ids_ptr + end), kept, 0.0)
+        kept = tl.where(tl.load(ids_ptr + tl.maximum(start - 1, 0)) == last_id, kept, 0.0)
     else:
         crossing = tl.cumsum(crossing, 1, reverse=True)
     out = (b * l + start + q)[None, :] * h + heads[:, None]
