@@ -16,8 +16,8 @@ def small_blocks(monkeypatch):
     for function in (convolution.conv_forward, convolution.conv_backward):
         monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], CONV))
     monkeypatch.setattr(gated_norm, "CHANNELS", 64)  # of a tile: several rows
-    for function in (gated_norm.norm_forward, gated_norm.norm_backward):
-        monkeypatch.setitem(function.__defaults__[-1], "TILES", 2)
+    monkeypatch.setattr(gated_norm, "PROGRAMS", 2)  # of several tiles
+    monkeypatch.setitem(gated_norm.FORWARD, "TILES", 2)
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
