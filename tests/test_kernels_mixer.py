@@ -7,7 +7,8 @@ import torch
 
 from model import convolution, gated_norm, mixer, reference, scan
 
-CONV = {"ROWS": 4, "GROUP": 2, "STAGES": 1, "BLOCK_D": 8, "num_warps": 1}  # documents begin and end in and between programs
+# documents begin and end in and between programs
+CONV = {"ROWS": 4, "GROUP": 2, "STAGES": 1, "BLOCK_D": 8, "num_warps": 1}
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # of the largest value: sums in another order; one rounding
 
 
