@@ -43,7 +43,9 @@ def norm_forward(x, z, weight, n_groups, eps, config=FORWARD):
     config = fitting(config, b * l, d // g, x.element_size())
     grid = triton.cdiv(b * l, config["BLOCK_R"] * config["TILES"]), g
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](x, z, weight, y, scales, b * l, d // g, x.stride(0), z.stride(0), eps, **config)
+        _gated_norm_forward_kernel[grid](
+            x, z, weight, y, scales, b * l, d // g, x.stride(0), z.stride(0), eps, **config
+        )
     return y, scales
 
 
@@ -58,7 +60,7 @@ def norm_backward(dy, x, z, weight, scales, dz=None, config=BACKWARD):
     programs = triton.cdiv(b * l, config["BLOCK_R"] * config["TILES"])
     dweights = torch.empty(programs, d, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _backward_kernel[programs, g](
+        _gated_norm_backward_kernel[programs, g](
             dy, x, z, weight, scales, dx, dz_rows, dweights, b * l, d // g,
             dy.stride(0), x.stride(0), z.stride(0), dz_rows.stride(0), **config,
         )  # fmt: skip
@@ -84,7 +86,7 @@ def fitting(config, n, group, element):
 
 
 @triton.jit
-def _forward_kernel(
+def _gated_norm_forward_kernel(
     x_ptr, z_ptr, weight_ptr, y_ptr, scales_ptr, n, d, x_stride, z_stride, eps,
     BLOCK_R: tl.constexpr, TILES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +107,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gated_norm_backward_kernel(
     dy_ptr, x_ptr, z_ptr, weight_ptr, scales_ptr, dx_ptr, dz_ptr, dweights_ptr, n, d,
     dy_stride, x_stride, z_stride, dz_stride,
     BLOCK_R: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from model.layers import SplitLinear
+from model.layers import Linear, SplitLinear
 
 DT_MIN, DT_MAX = 0.001, 0.1  # step sizes at the start, as in Mamba (arXiv:2312.00752, section 3.6)
 A_MIN, A_MAX = 1.0, 16.0  # decay rates at the start, as in Mamba-2
@@ -26,7 +26,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.empty(config.n_mamba_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.n_mamba_heads))
         self.norm_weight = nn.Parameter(torch.empty(config.d_inner))
-        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+        self.out_proj = Linear(config.d_inner, config.d_model)
 
     @torch.no_grad()
     def init_scan(self):

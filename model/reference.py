@@ -10,6 +10,35 @@ import torch.nn.functional as F
 from einops import rearrange
 
 IGNORED_TARGET = -100  # a target that cross_entropy leaves out
+# PyTorch gives float32 products on a CPU to MKL, which leaves the wider half of an AMD processor's vector units idle;
+# oneDNN, which PyTorch has with it, uses them (BENCHMARKS.md).
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x, weight):
+    """x (..., k) times weight^T, (n, k): (..., n)."""
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if ONEDNN and on_cpu and x.numel() > x.shape[-1] and not torch.compiler.is_compiling():
+        return OneDNNLinear.apply(x, weight)
+    return F.linear(x, weight)
+
+
+class OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _onednn_product(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = _onednn_product(dy, weight.T) if ctx.needs_input_grad[0] else None
+        return dx, _onednn_product(rows.T, x.reshape(-1, x.shape[-1]).T) if ctx.needs_input_grad[1] else None
+
+
+def _onednn_product(x, weight):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):
@@ -145,6 +174,12 @@ def rms_norm(x, weight, eps):
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
 
+def add_rms_norm(x, update, weight, eps, multiplier=1.0):
+    """x + multiplier * update (x alone if update is None), in x's dtype, and the rms_norm of that."""
+    total = x if update is None else torch.add(x, update, alpha=multiplier)
+    return total, rms_norm(total, weight, eps)
+
+
 def gated_rms_norm(x, z, weight, n_groups, eps):
     """rms_norm(x * silu(z)), each group of channels by itself: Mamba-2's norm before out_proj.
 
@@ -165,6 +200,17 @@ def rotary(x, positions, frequencies, magnitude=1.0):
     cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def swiglu(gate_up):
+    """silu(gate) * up (arXiv:2002.05202), for gate and up side by side: (..., 2 f) -> (..., f)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def sigmoid_gate(x, gate):
+    """x * sigmoid(gate), of one shape."""
+    return x * gate.sigmoid()
 
 
 def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
@@ -199,7 +245,7 @@ def cross_entropy(hidden, weight, targets, z_loss=0.0):
     square of log Z is added, Z being the softmax's denominator, to keep log Z near 0 (PaLM, arXiv:2204.02311,
     section 5).
     """
-    logits = F.linear(hidden, weight).float()
+    logits = linear(hidden, weight).float()
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET)
     if z_loss:
         counts = targets != IGNORED_TARGET

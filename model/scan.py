@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-BACKWARD_CHUNK = {2: 128, 4: 64}  # positions between two states of the backward pass, by the bytes of a number
+BACKWARD_CHUNK = 128  # positions between two states that the backward pass starts from
 PRECISION = tl.constexpr("tf32x3")  # float32 factors in three TF32 parts each: products near float32
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -39,7 +39,7 @@ class Scan(torch.autograd.Function):
 
         x, dt, A, B, C, D, document_ids, initial_state = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy
-        steps, cum = decays(dt, A, BACKWARD_CHUNK[x.element_size()], document_ids)
+        steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
         entering = entering_states(x, B, steps, cum, document_ids, initial_state)
         dx, dlog, dsteps, dB, dC, dD, dinitial = scan_backward(
             dy.contiguous(), None if dlast is None else dlast.mT, x, steps, cum, A, B, C, D, document_ids, entering
@@ -88,7 +88,7 @@ def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, pla
     entering_out, entering_strides = tiles(entering.flatten(0, 1), block_p, block_n, plan)
     (steps_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan) for t in (steps, cum))
     with torch.cuda.device_of(x):
-        _entering_kernel[(b * h, triton.cdiv(p, block_p))](
+        _scan_entering_kernel[(b * h, triton.cdiv(p, block_p))](
             x_in, B_in, entering_out, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
             cum, first, contiguous_float(initial_state), l, h, h // B.shape[2], n_chunks,
             P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages,
@@ -112,16 +112,15 @@ def plan_for(x, n, chunk=None):
     """chunk: of `decays`, where it is given; else the forward pass's own."""
     b, _, h, p = x.shape
     half = x.element_size() == 2
-    chunk = chunk or (64 if half else 16)
-    # the part of a state that a program's registers hold beside the rest
-    block_p = min(padded(p), max(16, (8192 if half else 4096) // padded(n)))
+    most = 8192 if half else 4096 if chunk is None else 2048  # numbers of a state that registers hold beside the rest
+    block_p = min(padded(p), max(16, most // padded(n)))
     processors, copies = 132, True
     if x.is_cuda:
         properties = torch.cuda.get_device_properties(x.device)
         processors, copies = properties.multi_processor_count, properties.major >= 9
     while block_p > 16 and b * h * triton.cdiv(p, block_p) < processors:
         block_p //= 2  # rows of few heads would leave most of the GPU idle
-    return Plan(chunk, block_p, warps=4 if half else 8, copies=copies)
+    return Plan(chunk or (64 if half else 16), block_p, warps=4 if half else 8, copies=copies)
 
 
 def padded(size):
@@ -159,7 +158,7 @@ def decays(dt, A, chunk, document_ids):
     steps = torch.empty(b, h, n_chunks, chunk, device=dt.device, dtype=torch.float32)
     cum = torch.empty_like(steps)
     with torch.cuda.device_of(dt):
-        _decays_kernel[(b * n_chunks, triton.cdiv(h, block_h))](
+        _scan_decays_kernel[(b * n_chunks, triton.cdiv(h, block_h))](
             dt, A, document_ids, steps, cum, l, h, n_chunks, chunk, *dt.stride(),
             PACKED=document_ids is not None, BLOCK_H=block_h, BLOCK_Q=triton.next_power_of_2(chunk),
         )  # fmt: skip
@@ -172,7 +171,7 @@ def _join(begins_a, sum_a, begins_b, sum_b):
 
 
 @triton.jit
-def _decays_kernel(
+def _scan_decays_kernel(
     dt_ptr, A_ptr, ids_ptr, steps_ptr, cum_ptr, l, h, n_chunks, chunk_size, stride_b, stride_l, stride_h,
     PACKED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +213,7 @@ def document_starts(document_ids, chunk):
     n_chunks = triton.cdiv(l, chunk)
     first = torch.empty(b, n_chunks, chunk, device=document_ids.device, dtype=torch.int32)
     with torch.cuda.device_of(first):
-        _starts_kernel[(b * n_chunks,)](document_ids.contiguous(), first, l, n_chunks, Q=chunk, num_warps=1)
+        _scan_starts_kernel[(b * n_chunks,)](document_ids.contiguous(), first, l, n_chunks, Q=chunk, num_warps=1)
     return first
 
 
@@ -224,7 +223,7 @@ def _later(a, b):
 
 
 @triton.jit
-def _starts_kernel(ids_ptr, first_ptr, l, n_chunks, Q: tl.constexpr):
+def _scan_starts_kernel(ids_ptr, first_ptr, l, n_chunks, Q: tl.constexpr):
     b, c = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
     q = tl.arange(0, Q)
     at = c * Q + q
@@ -324,7 +323,7 @@ def _scan_kernel(
 
 
 @triton.jit
-def _entering_kernel(
+def _scan_entering_kernel(
     x_in, B_in, entering, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
     cum_ptr, first_ptr, initial_ptr, l, h, heads_of_group, n_chunks,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
