@@ -56,15 +56,18 @@ def _cast_kernel(
     first = tl.program_id(1) * ROWS
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.load(scale_ptr)
+    row = (first + tl.arange(0, ROWS // 4) * 4).to(tl.int64)[:, None]  # the first of each four
+    inside = (row < n_rows) & (columns < n_columns)[None, :]
+    xs = ()  # all of them are under way before the first store, which no load may overtake
+    for i in tl.static_range(4):
+        xs += (tl.load(x_ptr + (row + i) * stride_x + columns[None, :], mask=inside, other=0.0),)
     most = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.float32)
     packed = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.int32)
     for i in tl.static_range(4):
-        row = (first + tl.arange(0, ROWS // 4) * 4 + i).to(tl.int64)[:, None]
-        inside = (row < n_rows) & (columns < n_columns)[None, :]
-        x = tl.load(x_ptr + row * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = xs[i].to(tl.float32)
         most = tl.maximum(most, tl.abs(x))
         y = _scaled(x, scale).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * stride_out + columns[None, :], y, mask=inside)
+        tl.store(out_ptr + (row + i) * stride_out + columns[None, :], y, mask=inside)
         packed |= _byte(y, i)
     _store_turned(turned_ptr, packed, first, columns, n_rows, n_columns, stride_turned, ROWS)
     _raise(seen_ptr, most)
@@ -120,17 +123,21 @@ def _swiglu_backward_kernel(
     first = tl.program_id(1) * ROWS
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale, h_scale = tl.load(scale_ptr), tl.load(h_scale_ptr)
+    row = (first + tl.arange(0, ROWS // 4) * 4).to(tl.int64)[:, None]
+    inside = (row < n_rows) & (columns < n_columns)[None, :]
+    dhs, gates, ups = (), (), ()
+    for i in tl.static_range(4):
+        at = (row + i) * (2 * n_columns) + columns[None, :]
+        dhs += (tl.load(dh_ptr + (row + i) * n_columns + columns[None, :], mask=inside, other=0.0),)
+        gates += (tl.load(gate_up_ptr + at, mask=inside, other=0.0),)
+        ups += (tl.load(gate_up_ptr + at + n_columns, mask=inside, other=0.0),)
     most = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.float32)
     hs = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.int32)
     dgates = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.int32)
     dups = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.int32)
     for i in tl.static_range(4):
-        row = (first + tl.arange(0, ROWS // 4) * 4 + i).to(tl.int64)[:, None]
-        inside = (row < n_rows) & (columns < n_columns)[None, :]
-        at = row * (2 * n_columns) + columns[None, :]
-        dh = tl.load(dh_ptr + row * n_columns + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gate_up_ptr + at + n_columns, mask=inside, other=0.0).to(tl.float32)
+        dh, gate, up = dhs[i].to(tl.float32), gates[i].to(tl.float32), ups[i].to(tl.float32)
+        at = (row + i) * (2 * n_columns) + columns[None, :]
         s = tl.sigmoid(gate)
         silu = gate * s
         dgate = dh * up * (s + silu * (1.0 - s))
