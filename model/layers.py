@@ -91,18 +91,30 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
+class AddNorm(RMSNorm):
+    """The norm in front of a mixer, a SwiGLU or the head: it first adds what the one before wrote to the stream."""
+
+    def __init__(self, d, eps, ops, multiplier):
+        super().__init__(d, eps, ops)
+        self.multiplier = multiplier
+
+    def forward(self, x, update):
+        """x + multiplier * update, and its norm. update None: nothing was written yet."""
+        return self.ops.add_rms_norm(x, update, self.weight, self.eps, self.multiplier)
+
+
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), arXiv:2002.05202."""
+    """out_proj(silu(gate(x)) * up(x)), arXiv:2002.05202."""
 
     fp8 = None
 
-    def __init__(self, d_model, d_ff):
+    def __init__(self, d_model, d_ff, ops):
         super().__init__()
+        self.ops = ops
         self.in_proj = SplitLinear(d_model, {"gate": d_ff, "up": d_ff})
         self.out_proj = Linear(d_ff, d_model)
 
     def forward(self, x):
         if self.fp8 and self.training and self.fp8.takes(x):
             return self.fp8(x, self.in_proj.gate, self.in_proj.up, self.out_proj.weight)
-        gate, up = self.in_proj(x)
-        return self.out_proj(F.silu(gate) * up)
+        return self.out_proj(self.ops.swiglu(self.in_proj(x, split=())))

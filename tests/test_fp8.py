@@ -143,12 +143,12 @@ def test_what_is_not_a_number_reaches_every_gradient(steps, bad):
     model = make_model()
     model.scales.steps = steps
 
-    def poisoned(module, gradients, dy):
-        gradient = gradients[0].clone()
+    def poisoned(gradient):
+        gradient = gradient.clone()
         gradient[0, 5, 3] = bad
-        return (gradient,)
+        return gradient
 
-    model.norm.register_full_backward_hook(poisoned)
+    model.layers[-1].mlp.register_forward_hook(lambda module, given, y: y.register_hook(poisoned) and None)
     gradients = backward(model)
     assert gradients[0].isfinite()
     for name, gradient in zip(dict(model.named_parameters()), gradients[1:], strict=True):

@@ -157,9 +157,60 @@ def test_norms_equal_their_twins(fused, deterministic, l, dtype):
         draw(*size, dtype=torch.bfloat16, seed=i) for i, size in enumerate([(2, l, 256), (2, l, 256), (256,)])
     )
     assert_twins(fused, "rms_norm", [x, weight], dtype, eps=1e-5)
+    assert_twins(fused, "add_rms_norm", [x, z, weight], dtype, eps=1e-5, multiplier=0.5)
     assert_twins(fused, "rms_norm", [x.unflatten(-1, (4, 64)), weight[:64]], dtype, eps=1e-5)  # a norm of each head
     for g in (1, 2):
         assert_twins(fused, "gated_rms_norm", [x, z, weight], dtype, n_groups=g, eps=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_gates_equal_their_twins(fused, deterministic, l, dtype):
+    wide, x = draw(2, l, 2 * 1400, dtype=torch.bfloat16), draw(2, l, 1000, dtype=torch.bfloat16, seed=1)
+    assert_twins(fused, "swiglu", [wide], dtype)
+    on_a_slice = [lambda x, wide, ops=ops: ops.sigmoid_gate(x, wide[..., -1000:]) for ops in (fused, reference)]
+    assert_same(*on_a_slice, [x, wide], dtype)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_rotation_equals_its_twin(fused, deterministic, l, dtype, packed):
+    product = draw(2, l, 128 + 6 * 128, dtype=torch.bfloat16)
+    far = torch.arange(l, device="cuda")[None] + 130_000  # enough for a cosine's slow path
+    positions = Packing(document_ids(l)).positions if packed else far
+    frequencies = 10000.0 ** (-torch.arange(0, 128, 2, device="cuda") / 128)
+
+    def turned(ops):
+        return lambda t: ops.rotary(t[..., 128:].unflatten(-1, (6, 128)), positions, frequencies, 1.1)
+
+    assert_same(turned(fused), turned(reference), [product], dtype)
+
+
+@pytest.mark.parametrize("g", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("l", LENGTHS)
+def test_mixer_equals_its_twin(fused, deterministic, l, packed, g, h=4, p=64, n=128):
+    ids = Packing(document_ids(l)).document_ids if packed else None
+    d_inner, channels = h * p, h * p + 2 * g * n
+    sizes = [(2, l, d_inner + channels + h), (channels, 4), (channels,), (h,), (h,), (h,), (d_inner,)]
+    inputs = [draw(*size, seed=i) for i, size in enumerate(sizes)]
+    mixers = [lambda *t, ops=ops: ops.mixer(*t, g, 256, 1e-5, ids)[0] for ops in (fused, reference)]
+    assert_same(*mixers, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("l", LENGTHS[1:])
+def test_mixer_is_its_parts(fused, deterministic, monkeypatch, l, packed):
+    ids = Packing(document_ids(l)).document_ids if packed else None
+    sizes = [(2, l, 256 + 512 + 4), (512, 4), (512,), (4,), (4,), (4,), (256,)]
+    inputs = [draw(*size, dtype=torch.bfloat16, seed=i) for i, size in enumerate(sizes)]
+    whole = results(lambda *t: fused.mixer(*t, 1, 256, 1e-5, ids)[0], inputs, torch.bfloat16)
+    for name in ("causal_conv1d", "ssd", "gated_rms_norm"):
+        monkeypatch.setattr(reference, name, getattr(fused, name))
+    parts = results(lambda *t: reference.mixer(*t, 1, 256, 1e-5, ids)[0], inputs, torch.bfloat16)
+    for got, want in zip(whole, parts, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("packed", [False, True])
