@@ -85,13 +85,18 @@ class Scales:
         most = [torch.finfo(DTYPE[role]).max / HEADROOM[role] for role in ROLES]
         self.most = torch.tensor(most, device=largest.device)
         self.largest, self.seen = largest, seen
-        self.scale = power_of_two(largest, self.most)
-        self.inverse = 1 / self.scale
+        # each number at an address of 16 bytes, or cuBLASLt refuses it
+        self.scale, self.inverse = torch.ones(2, *largest.shape, 4, device=largest.device)[..., 0]
+        self._set()
         # single numbers, as the kernels take them; they follow the tensors
         self.places = [
             {role: tuple(t[i, r] for t in (self.scale, self.inverse, self.seen)) for r, role in enumerate(ROLES)}
             for i in range(self.n_products)
         ]
+
+    def _set(self):
+        self.scale.copy_(power_of_two(self.largest, self.most))
+        self.inverse.copy_(1 / self.scale)
 
     def place(self, index, role, device):
         """(scale, its inverse, seen) of a factor, on the device that the model is on by now."""
@@ -112,8 +117,7 @@ class Scales:
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         self.largest.mul_(FORGET)
         torch.maximum(self.largest, seen, out=self.largest)
-        self.scale.copy_(power_of_two(self.largest, self.most))
-        self.inverse.copy_(1 / self.scale)
+        self._set()
         self.seen.zero_()
         self.steps += 1
 

@@ -122,6 +122,13 @@ def test_scales_follow_the_steps_before_and_forget_them_slowly():
     assert scales.largest[0, 0] < 100 and scales.largest.isfinite().all()
 
 
+def test_scales_lie_where_cublaslt_reads_them():
+    scales = Scales(3, 3)
+    assert not any(
+        number.data_ptr() % 16 for roles in scales.places for s, i, _ in roles.values() for number in (s, i)
+    )
+
+
 def test_first_steps_scale_by_the_factors_themselves():
     module, scales = linear([draw(16, 32)], 32, steps=0)
     x = draw(16, 32)
