@@ -17,7 +17,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 def linear(x, weight):
     """x (..., k) times weight^T, (n, k): (..., n)."""
-    if ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > x.shape[-1]:
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if ONEDNN and on_cpu and x.numel() > x.shape[-1] and not torch.compiler.is_compiling():
         return OneDNNLinear.apply(x, weight)
     return F.linear(x, weight)
 
@@ -244,7 +245,7 @@ def cross_entropy(hidden, weight, targets, z_loss=0.0):
     square of log Z is added, Z being the softmax's denominator, to keep log Z near 0 (PaLM, arXiv:2204.02311,
     section 5).
     """
-    logits = F.linear(hidden, weight).float()
+    logits = linear(hidden, weight).float()
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET)
     if z_loss:
         counts = targets != IGNORED_TARGET
