@@ -110,9 +110,14 @@ class HybridLM(nn.Module):
         """hidden (..., d) -> (..., vocab), in float32."""
         return F.linear(hidden, self.head_weight).float()
 
-    def forward(self, tokens, targets=None, document_ids=None):
-        """Logits (b, l, vocab) in float32; with targets (b, l), the mean loss in nats over those that are not -100."""
-        hidden = self.hidden(tokens, document_ids)
+    def forward(self, tokens, targets=None, document_ids=None, state=None, head=True):
+        """Logits (b, l, vocab) in float32; with targets (b, l), the mean loss in nats over those that are not -100.
+
+        head False: `hidden` instead, of tokens behind `state`; for what calls the network through its wrapper.
+        """
+        hidden = self.hidden(tokens, document_ids, state)
+        if not head:
+            return hidden
         if targets is None:
             return self.logits(hidden)
         z_loss = self.z_loss if self.training else 0.0

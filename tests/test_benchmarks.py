@@ -21,9 +21,9 @@ from eval import bench, harness, task_data
 from eval.answers import AnswerFile
 from eval.harness import run_tasks
 from eval.models import OwnModel, load_model
-from eval.scorer import Scorer
 from eval.task_data import BENCHMARKS, check_pins, fetch, load_tasks
 from model.export import export
+from model.scorer import Scorer
 from model.weights import load_checkpoint
 
 SMALL = ["hellaswag", "winogrande", "arc_easy", "truthfulqa_mc1", "humaneval"]

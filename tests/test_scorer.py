@@ -9,9 +9,9 @@ from small_run import make_data, make_model, make_run, make_text
 
 from curation.tokenizer import load_tokenizer
 from eval.models import HFModel, OwnModel, load_model
-from eval.scorer import Scorer, build_tree, cut_into_jobs, owners
 from model.export import export
 from model.generate import generate
+from model.scorer import Scorer, build_tree, cut_into_jobs, owners
 from model.weights import load_checkpoint
 
 LAYERS = {"hybrid": "MAM", "attention": "AA", "mamba": "MM"}
@@ -177,7 +177,8 @@ def test_the_head_is_in_float32_under_a_bfloat16_network(tokenizer):
     model = own_model(tokenizer)
     head = model.model.head_weight.detach().clone()
     half = OwnModel(model.model, tokenizer, dtype="bfloat16")
-    logits, _ = half.read([[1, 2, 3]], None, ([0, 0], [1, 2]), keep=False)
+    features, _ = half.read([[1, 2, 3]], None, [1, 2], keep=False)
+    logits = half.logits(features)
     assert logits.dtype == torch.float32 and logits.shape == (2, 384)
     hidden = half.model.hidden(torch.tensor([[1, 2, 3]]))
     assert hidden.dtype == torch.bfloat16
