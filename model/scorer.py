@@ -23,6 +23,7 @@ from tqdm import tqdm
 MIN_SAVED_TOKENS = 12  # and MIN_SAVED of what would be read: a stretch that saves less than either costs more, in
 MIN_SAVED = 1 / 12  # smaller batches, than it spares
 MAX_POSITIONS = 1 << 15  # of one forward pass, padding included; one text may have more
+MAX_PADDING = 2048  # positions: about as many as a GPU reads in the time that it takes to begin another pass
 MAX_LOGITS = 1 << 27  # at a time: 512 MiB in float32
 NOT_FINITE = (
     "the model gives a log-probability that is not finite, so no score of it means anything; "
@@ -467,14 +468,16 @@ def batches(nodes, batch_size, max_positions, max_scored):
     inner = sorted((node for node in nodes if node.children), key=lambda node: len(node.tokens))
     leaves = sorted((node for node in nodes if not node.children), key=lambda node: -len(node.tokens))
     for group in [list(same) for _, same in groupby(inner, key=lambda node: len(node.tokens))] + [leaves]:
-        batch, n_scored = [], 0
+        batch, n_scored, padding = [], 0, 0
         for node in group:
-            full = (len(batch) + 1) * len((batch or [node])[0].tokens) > max_positions
-            if batch and (len(batch) == batch_size or full or n_scored + len(node.scored) > max_scored):
+            length = len((batch or [node])[0].tokens)
+            full = len(batch) == batch_size or (len(batch) + 1) * length > max_positions or padding > MAX_PADDING
+            if batch and (full or n_scored + len(node.scored) > max_scored):
                 yield batch
-                batch, n_scored = [], 0
+                batch, n_scored, padding, length = [], 0, 0, len(node.tokens)
             batch.append(node)
             n_scored += len(node.scored)
+            padding += length - len(node.tokens)
         if batch:
             yield batch
 
