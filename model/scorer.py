@@ -246,15 +246,17 @@ class Scorer:
         """Begin a job: a function that gives {"nats", "greedy"} of the job's slots, packed."""
         found = []
         self.read(job.nodes, self.state_behind(job.trunk), [0] * len(job.nodes), found)
+        slots, *scores = zip(*found, strict=True)
+        scores = from_device(torch.stack([torch.cat(parts).float() for parts in scores]))
+        slots = np.concatenate(slots)
 
         def wait():
-            slots = np.concatenate([slots for slots, *_ in found])
-            nats, greedy = (torch.cat(parts).cpu().numpy() for parts in list(zip(*found, strict=True))[1:])
+            nats, greedy = scores()
             if not np.isfinite(nats).all():
                 raise NotFinite(NOT_FINITE)
             order = slots.argsort()
             order = order[np.searchsorted(slots, job.slots, sorter=order)]
-            nats, greedy = nats[order].astype("<f4"), np.packbits(greedy[order])
+            nats, greedy = nats[order].astype("<f4"), np.packbits(greedy[order] > 0)
             return {"nats": b64encode(nats).decode(), "greedy": b64encode(greedy).decode()}
 
         return wait
@@ -491,3 +493,19 @@ def to_device(numbers, device):
     """Whole numbers as a tensor there; nothing waits until a GPU has them, nor for what it is at."""
     tensor = torch.as_tensor(np.asarray(numbers, np.int64))
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def from_device(tensor):
+    """A function that gives the tensor as an array. The copy begins now, before what a GPU is given next."""
+    if tensor.device.type == "cpu":
+        return tensor.numpy
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait():
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
