@@ -18,7 +18,7 @@ import triton.language as tl
 from einops import rearrange
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import reference
+from model import reference, single_token
 from model.reference import IGNORED_TARGET, ssd_recurrence  # noqa: F401  # one position leaves nothing to fuse
 
 # mamba_ssm's __init__ imports Mamba-1's CUDA extension, which its wheel lacks: without it, take the package bare.
@@ -281,6 +281,26 @@ def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
     else:
         y = varlen_attn(*rows, *where, scale=scale, **VARLEN)
     return y.unflatten(0, (b, l))
+
+
+def mamba_step(xBC, dt, weight, bias, A_log, D, dt_bias, conv, ssm, lengths):
+    """See model/reference.py."""
+    with torch.cuda.device(xBC.device):
+        return single_token.mamba_step(xBC, dt, weight, bias, A_log, D, dt_bias, conv, ssm, lengths)
+
+
+def attention_step(q, k, v, keys, values, lengths, frequencies=None, magnitude=1.0, scale=None, slopes=None):
+    """See model/reference.py."""
+    with torch.cuda.device(q.device):
+        return single_token.attention_step(q, k, v, keys, values, lengths, frequencies, magnitude, scale, slopes)
+
+
+def linear(x, weights):
+    """See model/reference.py. A kernel of ours for a token or a few; else cuBLAS."""
+    if torch.is_grad_enabled() or x.shape[:-1].numel() > single_token.LINEAR_ROWS:
+        return reference.linear(x, weights)
+    with torch.cuda.device(x.device):
+        return single_token.linear(x, weights)
 
 
 @torch.compiler.disable

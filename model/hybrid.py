@@ -5,7 +5,6 @@ loss = model(tokens, targets=targets, document_ids=document_ids)
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +28,7 @@ class Layer(nn.Module):
         self.has_mlp = config.d_ff > 0
         if self.has_mlp:
             self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, ops)
-            self.mlp = SwiGLU(config.d_model, config.d_ff)
+            self.mlp = SwiGLU(config.d_model, config.d_ff, ops)
 
     def forward(self, x, packing=None, state=None):
         x = torch.add(x, self.mixer(self.mixer_norm(x), packing, state), alpha=self.residual_multiplier)
@@ -108,7 +107,7 @@ class HybridLM(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., d) -> (..., vocab), in float32."""
-        return F.linear(hidden, self.head_weight).float()
+        return self.ops.linear(hidden, [self.head_weight]).float()
 
     def forward(self, tokens, targets=None, document_ids=None):
         """Logits (b, l, vocab) in float32; with targets (b, l), the mean loss in nats over those that are not -100."""

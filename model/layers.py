@@ -45,16 +45,31 @@ class SplitLinear(nn.Module):
     that the mathematics has (queries and keys, B and C ...). Returns the outputs in the order of `widths`.
     """
 
-    def __init__(self, d_in, widths):
+    def __init__(self, d_in, widths, ops):
         super().__init__()
-        self.widths = dict(widths)
+        self.widths, self.ops = dict(widths), ops
         for name, width in self.widths.items():
             self.register_parameter(name, nn.Parameter(torch.empty(width, d_in)))
 
     def forward(self, x, split=None):
         """split: other widths to return the outputs in, where neighbours are to stay together."""
-        weight = torch.cat([getattr(self, name) for name in self.widths])
-        return F.linear(x, weight).split(split or list(self.widths.values()), dim=-1)
+        weights = [getattr(self, name) for name in self.widths]
+        return self.ops.linear(x, weights).split(split or list(self.widths.values()), dim=-1)
+
+
+class Linear(nn.Linear):
+    """Without a bias, by the model's kernels."""
+
+    def __init__(self, d_in, d_out, ops):
+        super().__init__(d_in, d_out, bias=False)
+        self.ops = ops
+
+    def forward(self, x):
+        return self.ops.linear(x, [self.weight])
+
+
+class FixedState(dict):
+    """A layer's decoding state in tensors that stay where they are: a step of one token changes them (decode.py)."""
 
 
 class RMSNorm(nn.Module):
@@ -70,10 +85,10 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), arXiv:2002.05202."""
 
-    def __init__(self, d_model, d_ff):
+    def __init__(self, d_model, d_ff, ops):
         super().__init__()
-        self.in_proj = SplitLinear(d_model, {"gate": d_ff, "up": d_ff})
-        self.out_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.in_proj = SplitLinear(d_model, {"gate": d_ff, "up": d_ff}, ops)
+        self.out_proj = Linear(d_ff, d_model, ops)
 
     def forward(self, x):
         gate, up = self.in_proj(x)

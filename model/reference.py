@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 IGNORED_TARGET = -100  # a target that cross_entropy leaves out
+FEW_ROWS = 64  # tokens for which `linear` costs less than to copy its weights together
 
 
 def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):
@@ -114,6 +115,27 @@ def ssd_recurrence(x, dt, A, B, C, D, document_ids=None, initial_state=None):
     return torch.stack(ys, dim=1).to(x.dtype), state
 
 
+def mamba_step(xBC, dt, weight, bias, A_log, D, dt_bias, conv, ssm, lengths):
+    """Convolution and state of a Mamba-2 mixer for one token a row, in buffers that are changed in place.
+
+    xBC (b, 1, channels) and dt (b, 1, h) as projected; weight (channels, w), bias (channels,); A_log, D, dt_bias (h,).
+    conv (b, w, channels) is a ring: the input at position t is in slot t % w; ssm (b, h, n, p) in float32; lengths
+    (b,): tokens before this one. Returns y (b, 1, h p), as `causal_conv1d` and `ssd` give it.
+    """
+    (b, h, n, p), w = ssm.shape, conv.shape[1]
+    rows = torch.arange(b, device=xBC.device)
+    conv[rows, lengths % w] = xBC[:, 0]
+    slots = (lengths[:, None] + torch.arange(1, w + 1, device=xBC.device)) % w  # the oldest first
+    xBC = F.silu(bias + (conv[rows[:, None], slots] * weight.mT).sum(dim=1, keepdim=True))
+    bc = (xBC.shape[2] - h * p) // 2
+    x, B, C = xBC.split([h * p, bc, bc], dim=-1)
+    x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (-1, n)), C.unflatten(2, (-1, n))
+    dt = F.softplus(dt.float() + dt_bias.float())
+    y, state = ssd_recurrence(x, dt, -A_log.float().exp(), B, C, D, initial_state=ssm)
+    ssm.copy_(state)
+    return y.flatten(2)
+
+
 def rms_norm(x, weight, eps):
     """x / rms(x) * weight over the last dimension, in float32 (arXiv:1910.07467). Returns x's dtype."""
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
@@ -164,6 +186,36 @@ def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
     causal = mask is None and l == m > 1
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
     return rearrange(y, "b h l p -> b l h p").to(dtype)
+
+
+def attention_step(q, k, v, keys, values, lengths, frequencies=None, magnitude=1.0, scale=None, slopes=None):
+    """`attention` of one token a row to itself and to those before, in buffers that are changed in place.
+
+    q (b, 1, h, p), k, v (b, 1, k, p), not yet rotated; keys, values (b, capacity, k, p): the row's first lengths (b,)
+    places are filled, and the next takes k and v. frequencies, magnitude: as for `rotary`, None: no rotation.
+    Returns (b, 1, h, p).
+    """
+    if frequencies is not None:
+        q, k = (rotary(t, lengths[:, None], frequencies, magnitude) for t in (q, k))
+    rows = torch.arange(len(q), device=q.device)
+    keys[rows, lengths], values[rows, lengths] = k[:, 0], v[:, 0]
+    distance = (lengths[:, None] - torch.arange(keys.shape[1], device=q.device))[:, None, None]  # (b, 1, 1, capacity)
+    mask, dtype = distance >= 0, q.dtype
+    if slopes is not None:
+        mask = (-slopes[:, None, None] * distance).masked_fill(~mask, -torch.inf)
+        q, keys, values = q.float(), keys.float(), values.float()
+    q, keys, values = (t.transpose(1, 2) for t in (q, keys, values))
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    return y.transpose(1, 2).to(dtype)
+
+
+def linear(x, weights):
+    """x (..., d_in) times each of the weights (out, d_in), side by side: (..., sum of out)."""
+    if len(weights) == 1:
+        return F.linear(x, weights[0])
+    if not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS:
+        return torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+    return F.linear(x, torch.cat(weights))
 
 
 def cross_entropy(hidden, weight, targets, z_loss=0.0):
