@@ -23,7 +23,7 @@ def linear(x, weights, block_n=8, block_k=512, num_warps=4):
     missing = MAX_WEIGHTS - len(weights)
     _linear_kernel[(sum(blocks),)](
         rows, y, *weights, *weights[:1] * missing, *widths, *[0] * missing, rows.stride(0), y.shape[1], len(rows),
-       , ROWS=triton.next_power_of_2(len(rows)), N_WEIGHTS=len(weights), D_IN=rows.shape[1], BLOCK_N=block_n,
+        ROWS=triton.next_power_of_2(len(rows)), N_WEIGHTS=len(weights), D_IN=rows.shape[1], BLOCK_N=block_n,
         BLOCK_K=min(block_k, triton.next_power_of_2(rows.shape[1])), num_warps=num_warps,
     )  # fmt: skip
     return y.view(*x.shape[:-1], y.shape[1])
@@ -131,8 +131,9 @@ def _mamba_step_kernel(
 
     dt = tl.load(dt_ptr + b * stride_dt + head).to(tl.float32) + tl.load(dt_bias_ptr + head).to(tl.float32)
     grown = tl.exp(tl.minimum(dt, 20.0))
-    sum_ = 1.0 + grown  # softplus is log(1 + grown), here with what the sum rounds away
-    dt = tl.where(dt > 20.0, dt, tl.where(sum_ == 1.0, grown, tl.log(sum_) * (grown / (sum_ - 1.0))))
+    rounded = 1.0 + grown  # softplus is log(1 + grown): this is exact where the sum drops digits of a small step
+    exact = tl.log(rounded) * (grown / tl.where(rounded == 1.0, 1.0, rounded - 1.0))
+    dt = tl.where(dt > 20.0, dt, tl.where(rounded == 1.0, grown, exact))
     decay = tl.exp(-tl.exp(tl.load(A_log_ptr + head).to(tl.float32)) * dt)
     ssm_ptr += (b * h + head) * N * P + n[:, None] * P + p[None, :]
     inside = (n < N)[:, None] & (p < P)[None, :]
@@ -157,7 +158,7 @@ def _convolve(xBC_ptr, weight_ptr, bias_ptr, conv_ptr, at, inside, length, chann
 
 
 def attention_step(
-    q, k, v, keys, values, lengths, frequencies=None, magnitude=1.0, scale=None, slopes=None, block=64, num_warps=4
+    q, k, v, keys, values, lengths, frequencies=None, magnitude=1.0, scale=None, slopes=None, block=None, num_warps=4
 ):
     """See model/reference.py. Three kernels: into the cache, over pieces of it side by side, the pieces together.
 
@@ -165,8 +166,9 @@ def attention_step(
     """
     b, _, h, p = q.shape
     capacity, n_kv = keys.shape[1:3]
+    block = block or 128 // q.element_size()  # 32 of float32, which would spill registers from 64 on
     splits = min(MAX_SPLITS, triton.cdiv(PROGRAMS, b * n_kv), triton.cdiv(capacity, block))
-    split = triton.cdiv(triton.cdiv(capacity, splits), block) * block
+    split = max(block, triton.next_power_of_2(triton.cdiv(capacity, splits)))  # few values, so few compilations
     splits = triton.cdiv(capacity, split)
     y = q.new_empty(b, 1, h, p)
     rotated = q.new_empty(b, h, p)
@@ -180,8 +182,8 @@ def attention_step(
     block_p = max(16, triton.next_power_of_2(p))
     _pieces_kernel[(b * n_kv, splits)](
         rotated, keys, values, slopes, lengths, sums, scales[0], scales[1], p**-0.5 if scale is None else scale,
-        capacity, split, splits, K=n_kv, G=h // n_kv, P=p, BLOCK_G=max(16, triton.next_power_of_2(h // n_kv)),
-        BLOCK_P=block_p, BLOCK=block, SLOPES=slopes is not None, num_warps=num_warps, num_stages=3,
+        capacity, splits, K=n_kv, G=h // n_kv, P=p, BLOCK_G=max(16, triton.next_power_of_2(h // n_kv)),
+        BLOCK_P=block_p, BLOCK=block, SPLIT=split, SLOPES=slopes is not None, num_warps=num_warps, num_stages=3,
     )  # fmt: skip
     _join_kernel[(b * h,)](
         sums, scales[0], scales[1], lengths, y, h, split, splits,
@@ -224,15 +226,14 @@ def _place_kernel(
 @triton.jit
 def _pieces_kernel(
     q_ptr, keys_ptr, values_ptr, slopes_ptr, lengths_ptr, sums_ptr, largest_ptr, total_ptr, scale,
-    capacity, split, splits, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr, SLOPES: tl.constexpr,
+    capacity, splits, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """Each program: the softmax sums of one key head's queries over `split` places of a row's cache."""
+    """Each program: the softmax sums of one key head's queries over SPLIT places of a row's cache."""
     b, head = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
     piece = tl.program_id(1)
     length = tl.load(lengths_ptr + b) + 1  # with the new token
-    begin = piece * split
-    end = tl.minimum(begin + split, length)
+    begin = piece * SPLIT
     if begin < length:
         g, c = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_P)
         queries = b * K * G + head * G + g
@@ -245,15 +246,15 @@ def _pieces_kernel(
         largest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
         sums = tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
-        for start in range(begin, end, BLOCK):
-            at = start + tl.arange(0, BLOCK)
+        for start in range(0, SPLIT, BLOCK):
+            at = begin + start + tl.arange(0, BLOCK)
             offsets = at[:, None].to(tl.int64) * (K * P) + c[None, :]
-            mask = (at < end)[:, None] & (c < P)[None, :]
+            mask = (at < length)[:, None] & (c < P)[None, :]
             keys = tl.load(keys_ptr + offsets, mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
             if SLOPES:
                 scores -= slope[:, None] * (length - 1 - at).to(tl.float32)[None, :]
-            scores = tl.where((at < end)[None, :], scores, float("-inf"))
+            scores = tl.where((at < length)[None, :], scores, float("-inf"))
             above = tl.maximum(largest, tl.max(scores, 1))
             chances = tl.exp(scores - above[:, None])
             fade = tl.exp(largest - above)

@@ -18,7 +18,8 @@ from model.attention import KVCache
 from model.bench_decode import BENCH, same_size
 from model.bench_decode import main as bench
 from model.config import PRESETS
-from model.generate import Sampling, generate, generate_batch, prefill, probabilities
+from model.decode import Decoder
+from model.generate import Sampling, generate, generate_batch, pick, prefill, probabilities
 from model.hybrid import HybridLM
 
 SHAPES = {
@@ -143,6 +144,21 @@ def test_cache_doubles_its_buffer_and_shares_it_until_two_would_write():
     assert torch.equal(one.keys[:, 6], k[:, 0])
     assert torch.equal(other.keys[:, 6], k[:, 1])
     assert torch.equal(one.keys[:, :6], other.values[:, :6])
+
+
+def test_one_decoder_serves_many_texts(model):
+    decoder = Decoder(model)
+    for settings in (dict(temperature=0), dict(temperature=0.9, seed=3)):
+        for prompt in PROMPTS:
+            again = list(generate(model, prompt, 6, decoder=decoder, **settings))
+            assert again == list(generate(model, prompt, 6, **settings))
+
+
+def test_ids_are_drawn_as_often_as_their_chances_say():
+    chances = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]]).expand(1000, 6)
+    draws = torch.arange(1000, dtype=torch.float64) / 1000
+    assert pick(chances, draws).bincount(minlength=6).tolist() == [0, 200, 0, 500, 300, 0]
+    assert pick(3 * chances[:1], draws[:1].fill_(1 - 2**-53)).tolist() == [4]
 
 
 def test_greedy_generation_follows_the_forward_pass(model):
