@@ -32,9 +32,9 @@ class Decoder:
 
     @torch.inference_mode()
     def start(self, state, room=ROOM):
-        """Take over a state of HybridLM.step or `prefill`, with room for so many more tokens; more is made when needed.
+        """Take over a state of HybridLM.step or `prefill`, with room for so many more tokens.
 
-        Rows may be of different lengths.
+        Rows may be of different lengths. Once the room is used up, more is made.
         """
         rows = [_rows(layer) for layer in state]
         n_rows = len(rows[0][next(iter(rows[0]))])
@@ -101,7 +101,9 @@ class Decoder:
         if kind == "M":
             return FixedState(
                 conv=like.new_zeros(b, config.d_conv, config.d_conv_channels),
-                ssm=like.new_zeros(b, config.n_mamba_heads, config.d_state, config.mamba_head_dim, dtype=torch.float32),
+                ssm=like.new_zeros(
+                    b, config.n_mamba_heads, config.d_state, config.mamba_head_dim, dtype=torch.float32
+                ),
                 lengths=self.lengths,
             )
         cache = like.new_zeros(2, b, self.capacity, config.n_kv_heads, config.head_dim)

@@ -134,7 +134,7 @@ def _decode(model, prompts, max_tokens, seeds, vocab_size, decoder, sampling):
 
 
 def pick(chances, draws):
-    """The id, (b,), that each row's draw (b,) from [0, 1) falls on, where an id is as wide as its chance (b, vocab)."""
+    """The id, (b,), that each row's draw (b,) from [0, 1) falls on; an id is as wide as its chance (b, vocab)."""
     upto = chances.double().cumsum(-1)
     return torch.searchsorted(upto, draws[:, None] * upto[:, -1:], right=True)[:, 0]
 

@@ -54,7 +54,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.ops.gated_rms_norm(y, z, self.norm_weight, config.n_groups, config.norm_eps))
 
     def scan(self, xBC, dt, packing, state):
-        """Convolution and state-space scan of what was projected: (b, l, channels), (b, l, heads) -> (b, l, d_inner)."""
+        """Convolution and scan of what was projected: (b, l, channels) and (b, l, heads) -> (b, l, d_inner)."""
         config = self.config
         document_ids = None if packing is None else packing.document_ids
         before = state or {"conv": None, "ssm": None}

@@ -72,7 +72,10 @@ def test_rows_can_be_left_out_and_put_in_another_order(model):
 def test_logits_may_be_made_by_another_head():
     model = build(layer_pattern="MA")
     _, state = prefill(model, PROMPTS)
-    decoder, plain = Decoder(model, logits=lambda hidden: hidden.double() @ model.head_weight.double().T), Decoder(model)
+    decoder, plain = (
+        Decoder(model, logits=lambda hidden: hidden.double() @ model.head_weight.double().T),
+        Decoder(model),
+    )
     for each in (decoder, plain):
         each.start(state)
     tokens = torch.arange(5)

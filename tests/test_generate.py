@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from model.attention import KVCache
-from model.bench_decode import BENCH, same_size
+from model.bench_decode import BENCH, same_size, stock_model
 from model.bench_decode import main as bench
 from model.config import PRESETS
 from model.decode import Decoder
@@ -254,10 +254,11 @@ def test_benchmark_compares_models_of_one_size_and_shows_the_state(capsys):
     for config in (BENCH, PRESETS["1.3B"], PRESETS["nano-gated"]):
         counts = [shape.n_parameters for shape in same_size(config).values()]
         assert max(counts) / min(counts) < 1.01
-    arguments = ["--size", "tiny", "--new-tokens", "2", "--device", "cpu"]
+    arguments = ["--size", "tiny", "--new-tokens", "2", "--device", "cpu", "--batch", "1", "2"]
     assert bench([*arguments, "--contexts", "8", "32", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    state = {(row["model"], row["context"]): row["state_bytes"] for row in rows}
+    state = {(row["model"], row["context"]): row["state_bytes"] for row in rows}  # of a row, whatever the batch
+    assert len(rows) == 2 * 2 * 3
     assert state["Mamba-2", 8] == state["Mamba-2", 32]
     assert state["attention", 32] == 4 * state["attention", 8]
     assert all(row["tokens_per_s"] > 0 for row in rows)
@@ -265,3 +266,20 @@ def test_benchmark_compares_models_of_one_size_and_shows_the_state(capsys):
     assert "tokens/s" in capsys.readouterr().out
     assert bench(["--size", "mamba-130M"]) == 2
     assert "is no hybrid" in capsys.readouterr().err
+
+
+def test_benchmark_sets_ours_beside_transformers_own_class(capsys):
+    config = dataclasses.replace(PRESETS["tiny"], tied_embeddings=True)
+    for model in (build(layer_pattern="MAM"), sharpened(config, kernels="torch").eval()):
+        tokens = random_tokens(2, 20)
+        with torch.no_grad():
+            torch.testing.assert_close(stock_model(model)(tokens).logits, model(tokens), rtol=0, atol=1e-5)
+    arguments = ["--new-tokens", "3", "--device", "cpu", "--contexts", "--peer-context", "8", "--peer"]
+    assert bench(["--size", "tiny", *arguments, "eager", "--batch", "1", "3", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["batch"], row["mode"]) for row in rows] == [(1, "ours"), (1, "eager"), (3, "ours"), (3, "eager")]
+    assert rows[1]["ratio"] == rows[0]["tokens_per_s"] / rows[1]["tokens_per_s"]
+    assert bench(["--size", "tiny", *arguments]) == 0
+    assert "theirs, compiled" in capsys.readouterr().out
+    assert bench(["--size", "nano-gated", *arguments]) == 2
+    assert "lacks the output gate of attention" in capsys.readouterr().err
