@@ -31,19 +31,25 @@ class Decoder:
         self.n_rows = self.capacity = self.longest = 0
 
     @torch.inference_mode()
-    def start(self, state, room=ROOM):
+    def start(self, state=None, room=ROOM, n_rows=1):
         """Take over a state of HybridLM.step or `prefill`, with room for so many more tokens.
 
-        Rows may be of different lengths. Once the room is used up, more is made.
+        Rows may be of different lengths. Once the room is used up, more is made. state None: n_rows rows that have
+        read nothing.
         """
-        rows = [_rows(layer) for layer in state]
-        n_rows = len(rows[0][next(iter(rows[0]))])
+        rows = [_rows(layer) for layer in state or []]
+        if rows:
+            n_rows = len(next(iter(rows[0].values())))
         lengths = next((layer["lengths"] for layer in rows if "lengths" in layer), [0] * n_rows)
         self._make_room(n_rows, max(lengths) + room)
         self.longest = max(lengths)
         self.lengths.copy_(torch.tensor(lengths))
-        for kept, layer in zip(self.state, rows, strict=True):
-            if "conv" in layer:
+        for kept, layer in zip(self.state, rows or [None] * len(self.state), strict=True):
+            if layer is None:
+                for name in ("conv", "ssm"):
+                    if name in kept:
+                        kept[name].zero_()
+            elif "conv" in layer:
                 kept["ssm"].copy_(layer["ssm"])
                 width = kept["conv"].shape[1]
                 back = torch.arange(1 - width, 0, device=self.lengths.device)

@@ -34,6 +34,15 @@ def test_each_step_equals_that_of_the_model(model, prompts):
 
 
 @torch.no_grad()
+def test_rows_may_start_from_nothing(model):
+    decoder = Decoder(model)
+    decoder.start(n_rows=3)
+    follow(model, decoder, model.new_state(), 6)
+    decoder.start(n_rows=3)  # of what was written before, nothing is left
+    follow(model, decoder, model.new_state(), 6, seed=9)
+
+
+@torch.no_grad()
 def test_the_state_that_it_starts_from_stays_and_can_be_started_from_again():
     model = build(layer_pattern="MA")
     _, state = prefill(model, PROMPTS)
