@@ -296,8 +296,10 @@ def attention_step(q, k, v, keys, values, lengths, frequencies=None, magnitude=1
 
 
 def linear(x, weights):
-    """See model/reference.py. A kernel of ours for a token or a few; else cuBLAS."""
-    if torch.is_grad_enabled() or x.shape[:-1].numel() > single_token.LINEAR_ROWS:
+    """See model/reference.py. A kernel of ours for a token or a few, or where weights would have to be joined."""
+    n_rows, half = x.shape[:-1].numel(), x.dtype in (torch.bfloat16, torch.float16)
+    most = single_token.LINEAR_ROWS if half and len(weights) > 1 else single_token.FEW_ROWS
+    if torch.is_grad_enabled() or n_rows > most:
         return reference.linear(x, weights)
     with torch.cuda.device(x.device):
         return single_token.linear(x, weights)

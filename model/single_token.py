@@ -8,78 +8,74 @@ import torch
 import triton
 import triton.language as tl
 
-LINEAR_ROWS = 4  # tokens for which `linear` is the faster one; more are cuBLAS's
-MAX_WEIGHTS = 5
+LINEAR_ROWS = 64  # the most tokens that `linear` takes
+FEW_ROWS = 4  # up to so many, a product is a sum on the ordinary cores; above, of tensor cores
 MAX_SPLITS = 64  # pieces of a row's cache that are read side by side
 PROGRAMS = 1024  # about so many at once keep every multiprocessor of a large GPU reading
 
 
-def linear(x, weights, block_n=8, block_k=512, num_warps=4):
-    """x (..., d_in), of at most LINEAR_ROWS rows, times up to MAX_WEIGHTS matrices (out, d_in), each read once."""
+def linear(x, weights, block_n=None, block_k=None, num_warps=4, num_stages=3):
+    """x (..., d_in), of at most LINEAR_ROWS rows, times the matrices (out, d_in), each read once."""
     rows = x.reshape(-1, x.shape[-1])
+    few = len(rows) <= FEW_ROWS
+    block_n, block_k = block_n or (8 if few else 64), block_k or (512 if few else 128)
+    n_rows = triton.next_power_of_2(len(rows))
     widths = [weight.shape[0] for weight in weights]
     y = x.new_empty(len(rows), sum(widths))
     blocks = [triton.cdiv(width, block_n) for width in widths]
-    missing = MAX_WEIGHTS - len(weights)
     _linear_kernel[(sum(blocks),)](
-        rows, y, *weights, *weights[:1] * missing, *widths, *[0] * missing, rows.stride(0), y.shape[1], len(rows),
-        ROWS=triton.next_power_of_2(len(rows)), N_WEIGHTS=len(weights), D_IN=rows.shape[1], BLOCK_N=block_n,
-        BLOCK_K=min(block_k, triton.next_power_of_2(rows.shape[1])), num_warps=num_warps,
+        rows, y, tuple(weights), tuple(widths), rows.stride(0), y.shape[1], len(rows),
+        ROWS=n_rows if few else max(16, n_rows), TENSOR_CORES=not few, N_WEIGHTS=len(weights), D_IN=rows.shape[1],
+        BLOCK_N=block_n, BLOCK_K=min(block_k, max(16, triton.next_power_of_2(rows.shape[1]))), num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
     return y.view(*x.shape[:-1], y.shape[1])
 
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, y_ptr, w0, w1, w2, w3, w4, n0, n1, n2, n3, n4, stride_x, stride_y, n_rows,
-    ROWS: tl.constexpr, N_WEIGHTS: tl.constexpr, D_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, y_ptr, weights, widths, stride_x, stride_y, n_rows, N_WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr, TENSOR_CORES: tl.constexpr, D_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each program: BLOCK_N rows of one of the matrices, and what all rows of x make of them."""
     block = tl.program_id(0)
-    b0 = tl.cdiv(n0, BLOCK_N)
-    if block < b0:
-        _dot_rows(x_ptr, y_ptr, w0, block, n0, stride_x, stride_y, n_rows, ROWS, D_IN, BLOCK_N, BLOCK_K)
-    elif N_WEIGHTS > 1:
-        block -= b0
-        y_ptr += n0
-        b1 = tl.cdiv(n1, BLOCK_N)
-        if block < b1:
-            _dot_rows(x_ptr, y_ptr, w1, block, n1, stride_x, stride_y, n_rows, ROWS, D_IN, BLOCK_N, BLOCK_K)
-        elif N_WEIGHTS > 2:
-            block -= b1
-            y_ptr += n1
-            b2 = tl.cdiv(n2, BLOCK_N)
-            if block < b2:
-                _dot_rows(x_ptr, y_ptr, w2, block, n2, stride_x, stride_y, n_rows, ROWS, D_IN, BLOCK_N, BLOCK_K)
-            elif N_WEIGHTS > 3:
-                block -= b2
-                y_ptr += n2
-                b3 = tl.cdiv(n3, BLOCK_N)
-                if block < b3:
-                    _dot_rows(x_ptr, y_ptr, w3, block, n3, stride_x, stride_y, n_rows, ROWS, D_IN, BLOCK_N, BLOCK_K)
-                elif N_WEIGHTS > 4:
-                    _dot_rows(
-                        x_ptr, y_ptr + n3, w4, block - b3, n4, stride_x, stride_y, n_rows, ROWS, D_IN, BLOCK_N, BLOCK_K
-                    )
+    for i in tl.static_range(N_WEIGHTS):
+        n_blocks = tl.cdiv(widths[i], BLOCK_N)
+        if (block >= 0) & (block < n_blocks):
+            _dot_rows(
+                x_ptr, y_ptr, weights[i], block, widths[i], stride_x, stride_y, n_rows,
+                ROWS, TENSOR_CORES, D_IN, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        block -= n_blocks
+        y_ptr += widths[i]
 
 
 @triton.jit
 def _dot_rows(
     x_ptr, y_ptr, w_ptr, block, n, stride_x, stride_y, n_rows,
-    ROWS: tl.constexpr, D_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, TENSOR_CORES: tl.constexpr, D_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     outs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
+    x_ptr += row[:, None] * stride_x
     w_ptr += outs.to(tl.int64)[:, None] * D_IN
-    total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)  # added up once, at the end
-    for start in tl.static_range(0, D_IN, BLOCK_K):
-        inside = (start + k) < D_IN
-        w = tl.load(w_ptr + (start + k)[None, :], mask=(outs < n)[:, None] & inside[None, :], other=0.0)
-        x_mask = (row < n_rows)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + row[:, None] * stride_x + (start + k)[None, :], mask=x_mask, other=0.0)
-        total += w.to(tl.float32)[None, :, :] * x.to(tl.float32)[:, None, :]
-    y = tl.sum(total, 2)
+    x_mask, w_mask = (row < n_rows)[:, None], (outs < n)[:, None]
+    if TENSOR_CORES:
+        y = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        for start in range(0, D_IN, BLOCK_K):
+            at = (start + k)[None, :]
+            x = tl.load(x_ptr + at, mask=x_mask & (at < D_IN), other=0.0)
+            w = tl.load(w_ptr + at, mask=w_mask & (at < D_IN), other=0.0)
+            y = tl.dot(x, tl.trans(w), y)
+    else:
+        total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)  # added up once, at the end
+        for start in tl.static_range(0, D_IN, BLOCK_K):
+            at = (start + k)[None, :]
+            x = tl.load(x_ptr + at, mask=x_mask & (at < D_IN), other=0.0)
+            w = tl.load(w_ptr + at, mask=w_mask & (at < D_IN), other=0.0)
+            total += w.to(tl.float32)[None, :, :] * x.to(tl.float32)[:, None, :]
+        y = tl.sum(total, 2)
     y_mask = (row < n_rows)[:, None] & (outs < n)[None, :]
     tl.store(y_ptr + row[:, None] * stride_y + outs[None, :], y.to(y_ptr.dtype.element_ty), mask=y_mask)
 
@@ -166,7 +162,8 @@ def attention_step(
     """
     b, _, h, p = q.shape
     capacity, n_kv = keys.shape[1:3]
-    block = block or 128 // q.element_size()  # 32 of float32, which would spill registers from 64 on
+    block_p = max(16, triton.next_power_of_2(p))
+    block = block or max(16, 16384 // (block_p * q.element_size()))  # 71 KB of shared memory for keys and values
     splits = min(MAX_SPLITS, triton.cdiv(PROGRAMS, b * n_kv), triton.cdiv(capacity, block))
     split = max(block, triton.next_power_of_2(triton.cdiv(capacity, splits)))  # few values, so few compilations
     splits = triton.cdiv(capacity, split)
@@ -179,7 +176,6 @@ def attention_step(
         q, k, v, keys, values, rotated, frequencies, lengths, q.stride(0), k.stride(0), v.stride(0), magnitude,
         capacity, H=h, K=n_kv, P=p, BLOCK=triton.next_power_of_2(p // 2), ROTATE=rotate, num_warps=1,
     )  # fmt: skip
-    block_p = max(16, triton.next_power_of_2(p))
     _pieces_kernel[(b * n_kv, splits)](
         rotated, keys, values, slopes, lengths, sums, scales[0], scales[1], p**-0.5 if scale is None else scale,
         capacity, splits, K=n_kv, G=h // n_kv, P=p, BLOCK_G=max(16, triton.next_power_of_2(h // n_kv)),

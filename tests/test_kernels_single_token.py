@@ -41,8 +41,18 @@ def floats(*tensors):
     return [t.float() for t in tensors]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("shape", "widths"), [((1, 1, 48), [19, 8, 3, 1, 40]), ((3, 1, 70), [21]), ((2, 33), [5, 6])])
+@pytest.mark.parametrize(
+    ("shape", "widths", "dtype"),
+    [
+        ((1, 1, 48), [19, 8, 3, 1, 40], torch.float32),
+        ((1, 1, 48), [19, 8, 3, 1, 40], torch.bfloat16),
+        ((3, 1, 70), [21], torch.bfloat16),
+        ((2, 33), [5, 6], torch.float32),
+        ((5, 1, 48), [19, 8], torch.float16),  # tensor cores
+        ((20, 1, 70), [67, 1, 2], torch.float16),
+    ],
+    ids=str,
+)
 def test_linear(single_token, shape, widths, dtype):
     x = draw(*shape, dtype=dtype)
     weights = [draw(width, shape[-1], seed=width, dtype=dtype) for width in widths]
