@@ -8,7 +8,6 @@ from einops import rearrange
 from torch import nn
 
 from model.layers import FixedState, Linear, RMSNorm, SplitLinear
-from model.reference import rotary
 
 YARN_FAST, YARN_SLOW = 32, 1  # turns within the original context: above, an angle is kept; below, it is interpolated
 
@@ -45,7 +44,7 @@ class Attention(nn.Module):
         else:
             y = self.attend(q, k, v, packing, state)
         y = rearrange(y, "b l h p -> b l (h p)")
-        return self.out_proj(y * gate[0].sigmoid() if gate else y)
+        return self.out_proj(self.ops.sigmoid_gate(y, *gate) if gate else y)
 
     def attend(self, q, k, v, packing, state):
         """Positions, then attention to the row's tokens so far: q (b, l, h, p); k, v (b, l, k, p) -> (b, l, h, p)."""
@@ -59,7 +58,7 @@ class Attention(nn.Module):
                 positions = torch.arange(l, device=q.device)[None]
                 positions = positions if cache is None else cache.positions(positions)
             angles = rope_frequencies(config, q.device)
-            q, k = rotary(q, positions, *angles), rotary(k, positions, *angles)
+            q, k = (self.ops.rotary(t, positions, *angles) for t in (q, k))
         if cache is not None:
             state["cache"] = cache = cache.append(k, v)
             k, v, mask = cache.keys, cache.values, cache.mask(l)

@@ -1,4 +1,7 @@
-"""What both kinds of layer are made of: where documents lie, fused products, norm, SwiGLU."""
+"""What both kinds of layer are made of: where documents lie, products, norm, SwiGLU.
+
+A product's `fp8`, where model/fp8.py has set one, is how it runs in training.
+"""
 
 from functools import cached_property
 
@@ -38,12 +41,29 @@ class Packing:
         return F.pad(begins, (0, 1), value=self.starts.numel()).int()
 
 
+class Linear(nn.Linear):
+    """A bias-free linear map."""
+
+    fp8 = None
+
+    def __init__(self, d_in, d_out, ops):
+        super().__init__(d_in, d_out, bias=False)
+        self.ops = ops
+
+    def forward(self, x):
+        if self.fp8 and self.training and self.fp8.takes(x):
+            return self.fp8(x, [self.weight])
+        return self.ops.products(x, [self.weight])
+
+
 class SplitLinear(nn.Module):
     """Several bias-free linear maps of one input as one product.
 
     Each keeps a weight of its own, (out, d_in), so that an optimizer that works on whole matrices sees the matrices
     that the mathematics has (queries and keys, B and C ...). Returns the outputs in the order of `widths`.
     """
+
+    fp8 = None
 
     def __init__(self, d_in, widths, ops):
         super().__init__()
@@ -52,20 +72,14 @@ class SplitLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(width, d_in)))
 
     def forward(self, x, split=None):
-        """split: other widths to return the outputs in, where neighbours are to stay together."""
+        """split: other widths to return the outputs in, where neighbours are to stay together; (): all as they lie."""
         weights = [getattr(self, name) for name in self.widths]
-        return self.ops.linear(x, weights).split(split or list(self.widths.values()), dim=-1)
-
-
-class Linear(nn.Linear):
-    """Without a bias, by the model's kernels."""
-
-    def __init__(self, d_in, d_out, ops):
-        super().__init__(d_in, d_out, bias=False)
-        self.ops = ops
-
-    def forward(self, x):
-        return self.ops.linear(x, [self.weight])
+        if split is None:
+            split = tuple(self.widths.values())
+        if self.fp8 and self.training and self.fp8.takes(x):
+            return self.fp8(x, weights, split)
+        product = self.ops.products(x, weights)
+        return product.split(split, dim=-1) if split else product
 
 
 class FixedState(dict):
@@ -82,14 +96,30 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
+class AddNorm(RMSNorm):
+    """The norm in front of a mixer, a SwiGLU or the head: it first adds what the one before wrote to the stream."""
+
+    def __init__(self, d, eps, ops, multiplier):
+        super().__init__(d, eps, ops)
+        self.multiplier = multiplier
+
+    def forward(self, x, update):
+        """x + multiplier * update, and its norm. update None: nothing was written yet."""
+        return self.ops.add_rms_norm(x, update, self.weight, self.eps, self.multiplier)
+
+
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), arXiv:2002.05202."""
+    """out_proj(silu(gate(x)) * up(x)), arXiv:2002.05202."""
+
+    fp8 = None
 
     def __init__(self, d_model, d_ff, ops):
         super().__init__()
+        self.ops = ops
         self.in_proj = SplitLinear(d_model, {"gate": d_ff, "up": d_ff}, ops)
         self.out_proj = Linear(d_ff, d_model, ops)
 
     def forward(self, x):
-        gate, up = self.in_proj(x)
-        return self.out_proj(F.silu(gate) * up)
+        if self.fp8 and self.training and self.fp8.takes(x):
+            return self.fp8(x, self.in_proj.gate, self.in_proj.up, self.out_proj.weight)
+        return self.out_proj(self.ops.swiglu(self.in_proj(x, split=())))

@@ -3,8 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 from model.layers import FixedState, Linear, SplitLinear
@@ -45,30 +43,15 @@ class Mamba2(nn.Module):
     def forward(self, u, packing=None, state=None):
         """state: {} before the first token; keeps "conv" (b, d_conv - 1, channels) and "ssm" (b, heads, n, p)."""
         config = self.config
-        z, xBC, dt = self.in_proj(u, split=[config.d_inner, config.d_conv_channels, config.n_mamba_heads])
+        weights = self.conv1d_weight, self.conv1d_bias, self.A_log, self.D, self.dt_bias, self.norm_weight
+        zxbcdt = self.in_proj(u, split=())
         if isinstance(state, FixedState):
-            conv, A = (self.conv1d_weight, self.conv1d_bias), (self.A_log, self.D, self.dt_bias)
-            y = self.ops.mamba_step(xBC, dt, *conv, *A, state["conv"], state["ssm"], state["lengths"])
-        else:
-            y = self.scan(xBC, dt, packing, state)
-        return self.out_proj(self.ops.gated_rms_norm(y, z, self.norm_weight, config.n_groups, config.norm_eps))
-
-    def scan(self, xBC, dt, packing, state):
-        """Convolution and scan of what was projected: (b, l, channels) and (b, l, heads) -> (b, l, d_inner)."""
-        config = self.config
-        document_ids = None if packing is None else packing.document_ids
+            return self.out_proj(self.ops.mixer_step(zxbcdt, *weights, config.n_groups, config.norm_eps, **state))
         before = state or {"conv": None, "ssm": None}
-        xBC, conv = self.ops.causal_conv1d(xBC, self.conv1d_weight, self.conv1d_bias, document_ids, before["conv"])
-        bc = config.n_groups * config.d_state
-        x, B, C = xBC.split([config.d_inner, bc, bc], dim=-1)
-        x = rearrange(x, "b l (h p) -> b l h p", p=config.mamba_head_dim)
-        B, C = (rearrange(t, "b l (g n) -> b l g n", g=config.n_groups) for t in (B, C))
-        dt = F.softplus(dt.float() + self.dt_bias.float())
-        A = -self.A_log.float().exp()
-        if xBC.shape[1] == 1:
-            y, ssm = self.ops.ssd_recurrence(x, dt, A, B, C, self.D, document_ids, before["ssm"])
-        else:
-            y, ssm = self.ops.ssd(x, dt, A, B, C, self.D, config.chunk_size, document_ids, before["ssm"])
+        y, conv, ssm = self.ops.mixer(
+            zxbcdt, *weights, config.n_groups, config.chunk_size, config.norm_eps,
+            None if packing is None else packing.document_ids, before["conv"], before["ssm"],
+        )  # fmt: skip
         if state is not None:
-            state.update(conv=conv, ssm=ssm)
-        return rearrange(y, "b l h p -> b l (h p)")
+            state.update(conv=conv.clone(), ssm=ssm)  # not a part of in_proj's product, which it would keep whole
+        return self.out_proj(y)

@@ -1,6 +1,6 @@
 """Triton kernels for one new token a row: products with a few rows, the Mamba-2 update, attention to a cache.
 
-What model/decode.py replays from a CUDA graph. The plain twins, `linear`, `mamba_step` and `attention_step`, are in
+What model/decode.py replays from a CUDA graph. The plain twins, `products`, `mixer_step` and `attention_step`, are in
 model/reference.py; model/fused.py gives these under the same names.
 """
 
@@ -8,14 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-LINEAR_ROWS = 64  # the most tokens that `linear` takes
+PRODUCT_ROWS = 64  # the most tokens that `products` takes
 FEW_ROWS = 4  # up to so many, a product is a sum on the ordinary cores; above, of tensor cores
 MAX_SPLITS = 64  # pieces of a row's cache that are read side by side
 PROGRAMS = 1024  # about so many at once keep every multiprocessor of a large GPU reading
 
 
-def linear(x, weights, block_n=None, block_k=None, num_warps=4, num_stages=3):
-    """x (..., d_in), of at most LINEAR_ROWS rows, times the matrices (out, d_in), each read once."""
+def products(x, weights, block_n=None, block_k=None, num_warps=4, num_stages=3):
+    """x (..., d_in), of at most PRODUCT_ROWS rows, times the matrices (out, d_in), each read once."""
     rows = x.reshape(-1, x.shape[-1])
     few = len(rows) <= FEW_ROWS
     block_n, block_k = block_n or (8 if few else 64), block_k or (512 if few else 128)
@@ -23,7 +23,7 @@ def linear(x, weights, block_n=None, block_k=None, num_warps=4, num_stages=3):
     widths = [weight.shape[0] for weight in weights]
     y = x.new_empty(len(rows), sum(widths))
     blocks = [triton.cdiv(width, block_n) for width in widths]
-    _linear_kernel[(sum(blocks),)](
+    _products_kernel[(sum(blocks),)](
         rows, y, tuple(weights), tuple(widths), rows.stride(0), y.shape[1], len(rows),
         ROWS=n_rows if few else max(16, n_rows), TENSOR_CORES=not few, N_WEIGHTS=len(weights), D_IN=rows.shape[1],
         BLOCK_N=block_n, BLOCK_K=min(block_k, max(16, triton.next_power_of_2(rows.shape[1]))), num_warps=num_warps,
@@ -33,7 +33,7 @@ def linear(x, weights, block_n=None, block_k=None, num_warps=4, num_stages=3):
 
 
 @triton.jit
-def _linear_kernel(
+def _products_kernel(
     x_ptr, y_ptr, weights, widths, stride_x, stride_y, n_rows, N_WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr, TENSOR_CORES: tl.constexpr, D_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

@@ -1,32 +1,18 @@
 """The kernels for one new token against their plain twins, through Triton's interpreter: no GPU needed."""
 
-import os
-
+import interpreted  # noqa: F401  # first
 import pytest
 import torch
 
-pytest.importorskip("triton")
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
-
-from model import reference  # noqa: E402
-from model.attention import alibi_slopes  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def single_token():
-    from triton import knobs
-
-    knobs.runtime.interpret = True
-    import model.single_token
-
-    return model.single_token
+from model import reference, single_token
+from model.attention import alibi_slopes
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# the interpreter cuts bfloat16's digits off, 0.8 % each time, and has no product of it
+# the interpreter cuts bfloat16's digits off, 0.8 % each time
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -53,31 +39,33 @@ def floats(*tensors):
     ],
     ids=str,
 )
-def test_linear(single_token, shape, widths, dtype):
+def test_products(shape, widths, dtype):
     x = draw(*shape, dtype=dtype)
     weights = [draw(width, shape[-1], seed=width, dtype=dtype) for width in widths]
-    got = single_token.linear(x, weights, block_k=32)
+    got = single_token.products(x, weights, block_k=32)
     assert got.dtype == dtype
-    near(got, reference.linear(x.float(), floats(*weights)), dtype)
+    near(got, reference.products(x.float(), floats(*weights)), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_mamba_step(single_token, groups, dtype):
+def test_mamba_step(groups, dtype):
     b, h, n, p, w = 2, 4, 24, 20, 4
     channels = h * p + 2 * groups * n
     weight, bias = draw(channels, w, seed=1, dtype=dtype), draw(channels, seed=2, dtype=dtype)
     A_log, D, dt_bias = (draw(h, seed=seed, dtype=dtype) for seed in (3, 4, 5))
+    norm = draw(h * p, seed=6, dtype=dtype), groups, 1e-5
     lengths = torch.tensor([0, 6])
     buffers = [draw(b, w, channels, seed=6, dtype=dtype), draw(b, h, n, p, seed=7)]
     twins, parameters = floats(*(t.clone() for t in buffers)), (weight, bias, A_log, D, dt_bias)
     for t in range(5):
-        projected = draw(b, 1, 7 + channels + h, seed=10 + t, dtype=dtype)  # a slice of a wider product
-        _, xBC, dt = projected.split([7, channels, h], dim=-1)
-        dt = dt * 8  # either side of softplus's cut
+        projected = draw(b, 1, h * p + channels + h, seed=10 + t, dtype=dtype)
+        projected[..., -h:] *= 8  # either side of softplus's cut
+        z, xBC, dt = projected.split([h * p, channels, h], dim=-1)
         y = single_token.mamba_step(xBC, dt, *parameters, *buffers, lengths, block_p=8)
         assert y.dtype == dtype
-        near(y, reference.mamba_step(*floats(xBC, dt, *parameters), *twins, lengths), dtype)
+        want = reference.mixer_step(*floats(projected, *parameters, norm[0]), *norm[1:], *twins, lengths)
+        near(reference.gated_rms_norm(y.float(), z.float(), *norm), want, dtype)
         assert torch.equal(buffers[0].float(), twins[0])
         near(buffers[1], twins[1], dtype)
         lengths += 1
@@ -86,7 +74,7 @@ def test_mamba_step(single_token, groups, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [(4, 2, 16), (3, 3, 24)], ids=str)
 @pytest.mark.parametrize("positions", ["rope", "alibi", "none"])
-def test_attention_step(single_token, positions, heads, dtype):
+def test_attention_step(positions, heads, dtype):
     (h, n_kv, p), b, capacity = heads, 3, 150
     cache = torch.full((2, b, capacity, n_kv, p), torch.nan, dtype=dtype)
     lengths = torch.tensor([0, 31, 128])
