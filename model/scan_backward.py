@@ -28,7 +28,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, dx_out=None, dB_out=None, dC_out=None):
+def scan_backward(
+    dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, dx_out=None, dB_out=None, dC_out=None
+):
     """The gradients of the scan, from dy (b, l, h, p), contiguous, and that of the last state, (b, h, p, n) or None.
 
     x (b, l, h, p), B, C (b, l, g, n), and the *_out that take their gradients: rows of any stride, channels side by
@@ -285,13 +287,7 @@ def _blocks_kernel(
                 goes = at < start  # a block of the chunk before this one
                 back = at - start + k
                 mask = goes & (k >= 0)
-                earlier_x = _tile(
-                    x_ptr + head * x_stride_h + channel,
-                    back,
-                    p,
-                    x_stride_l,
-                    mask[:, None] & (p < P - channel)[None, :],
-                )
+                earlier_x = _tile(x_ptr + head * x_stride_h + channel, back, p, x_stride_l, mask[:, None] & (p < P - channel)[None, :])
                 earlier_B = _tile(B_ptr, back, n, B_stride_l, mask[:, None] & (n < N)[None, :])
                 last = tl.load(head_cum_ptr + at + BLOCK - 1, mask=goes, other=0.0)
                 feeds = _exp(last - tl.load(head_cum_ptr + at + k, mask=mask, other=0.0))
