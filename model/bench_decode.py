@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec, module_from_spec
 from itertools import pairwise
 
 import torch
@@ -92,6 +93,7 @@ def median(times):
 
 def stock_model(model):
     """transformers' own class with the weights of a HybridLM, as model.export writes it. ValueError if none fits."""
+    take_mamba_ssm_bare()  # before transformers looks for its kernels
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config, weight = model.config, model.embedding.weight
@@ -111,6 +113,13 @@ def stock_model(model):
     )
     theirs.generation_config.eos_token_id = theirs.config.eos_token_id = None  # every text as long as asked for
     return theirs.eval()
+
+
+def take_mamba_ssm_bare():
+    """Make mamba_ssm's Triton kernels importable where its CUDA extension, which is Mamba-1's, was not built."""
+    found = find_spec("mamba_ssm")
+    if found is not None and not find_spec("selective_scan_cuda"):
+        sys.modules.setdefault("mamba_ssm", module_from_spec(found))
 
 
 @torch.inference_mode()
@@ -137,12 +146,16 @@ def measure_peer(theirs, mode, context, new_tokens, batch):
 
 
 def compare(model, modes, context, new_tokens, batches):
-    """Yield a row {batch, mode, tokens_per_s, ratio: ours over theirs, or error} for ours and for each of theirs."""
+    """Yield a row {batch, mode, tokens_per_s, ratio: ours over theirs, or error} for ours and for each of theirs.
+
+    kernels: what transformers finds for its Mamba layers.
+    """
     theirs = stock_model(model)
+    kernels = ", ".join(name for name in ("mamba_ssm", "causal_conv1d") if find_spec(name)) or "PyTorch's own"
     for batch in batches:
         measure(model, 8, 4, batch)
         ours = measure(model, context, new_tokens, batch)["tokens_per_s"]
-        common = {"class": type(theirs).__name__, "context": context, "batch": batch}
+        common = {"class": type(theirs).__name__, "kernels": kernels, "context": context, "batch": batch}
         yield {**common, "mode": "ours", "tokens_per_s": ours}
         for mode in modes:
             row = {**common, "mode": mode}
@@ -227,7 +240,8 @@ def by_context(shapes, flags):
 
 
 def peer_table(rows, title):
-    table = Table(title=f"decoding beside {rows[0]['class']}, context {rows[0]['context']:,}, {title}")
+    what = f"{rows[0]['class']}, its Mamba kernels {rows[0]['kernels']}, context {rows[0]['context']:,}"
+    table = Table(title=f"decoding beside {what}, {title}")
     for column in ("batch", "", "tokens/s", "ours / theirs"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
