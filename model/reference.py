@@ -192,12 +192,13 @@ def mixer_step(
     conv[rows, lengths % w] = xBC[:, 0]
     slots = (lengths[:, None] + torch.arange(1, w + 1, device=xBC.device)) % w  # the oldest first
     xBC = F.silu(conv_bias + (conv[rows[:, None], slots] * conv_weight.mT).sum(dim=1, keepdim=True))
-    x, B, C = xBC.split([h * p, n_groups * n, n_groups * n], dim=-1)
-    x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (-1, n)), C.unflatten(2, (-1, n))
-    dt = F.softplus(dt.float() + dt_bias.float())
-    y, state = ssd_recurrence(x, dt, -A_log.float().exp(), B, C, D, initial_state=ssm)
-    ssm.copy_(state)
-    return gated_rms_norm(y.flatten(2), z, norm_weight, n_groups, eps)
+    x, B, C = xBC.float().split([h * p, n_groups * n, n_groups * n], dim=-1)
+    x = x.view(b, h, p)
+    B, C = (t.view(b, n_groups, n).repeat_interleave(h // n_groups, dim=1) for t in (B, C))  # (b, h, n)
+    dt = F.softplus(dt[:, 0].float() + dt_bias.float())
+    ssm.mul_((-dt * A_log.float().exp())[..., None, None].exp()).add_(B[..., None] * (dt[..., None] * x)[:, :, None])
+    y = (C[:, :, None] @ ssm)[:, :, 0] + D.float()[:, None] * x
+    return gated_rms_norm(y.to(z.dtype).view(b, 1, h * p), z, norm_weight, n_groups, eps)
 
 
 def rms_norm(x, weight, eps):
@@ -280,6 +281,9 @@ def attention_step(q, k, v, keys, values, lengths, frequencies=None, magnitude=1
         q, k = (rotary(t, lengths[:, None], frequencies, magnitude) for t in (q, k))
     rows = torch.arange(len(q), device=q.device)
     keys[rows, lengths], values[rows, lengths] = k[:, 0], v[:, 0]
+    if not keys.is_cuda:  # on a GPU, a graph of this has one shape for all lengths
+        filled = int(lengths.max()) + 1
+        keys, values = keys[:, :filled], values[:, :filled]
     distance = (lengths[:, None] - torch.arange(keys.shape[1], device=q.device))[:, None, None]  # (b, 1, 1, capacity)
     mask, dtype = distance >= 0, q.dtype
     if slopes is not None:
