@@ -81,10 +81,10 @@ def attention_step(q, k, v, keys, values, lengths, frequencies=None, magnitude=1
 
 
 def products(x, weights):
-    """See model/reference.py. A kernel of ours for a token or a few, or where weights would have to be joined."""
+    """See model/reference.py. A kernel of ours for one token, and for a few where weights would have to be joined."""
     n_rows, half = x.shape[:-1].numel(), x.dtype in (torch.bfloat16, torch.float16)
-    most = single_token.PRODUCT_ROWS if half and len(weights) > 1 else single_token.FEW_ROWS
-    if torch.is_grad_enabled() or n_rows > most:
+    ours = n_rows == 1 or (half and len(weights) > 1 and n_rows <= single_token.MAX_ROWS)
+    if torch.is_grad_enabled() or not ours:
         return reference.products(x, weights)
     with torch.cuda.device(x.device):
         return single_token.products(x, weights)

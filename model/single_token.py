@@ -8,26 +8,23 @@ import torch
 import triton
 import triton.language as tl
 
-PRODUCT_ROWS = 64  # the most tokens that `products` takes
-FEW_ROWS = 4  # up to so many, a product is a sum on the ordinary cores; above, of tensor cores
+MAX_ROWS = 64  # the most tokens that `products` takes
 MAX_SPLITS = 64  # pieces of a row's cache that are read side by side
 PROGRAMS = 1024  # about so many at once keep every multiprocessor of a large GPU reading
 
 
 def products(x, weights, block_n=None, block_k=None, num_warps=4, num_stages=3):
-    """x (..., d_in), of at most PRODUCT_ROWS rows, times the matrices (out, d_in), each read once."""
+    """x (..., d_in), of at most MAX_ROWS rows, times the matrices (out, d_in), each read once."""
     rows = x.reshape(-1, x.shape[-1])
-    few = len(rows) <= FEW_ROWS
-    block_n, block_k = block_n or (8 if few else 64), block_k or (512 if few else 128)
-    n_rows = triton.next_power_of_2(len(rows))
+    n_rows, d_in = rows.shape
+    if block_n is None:
+        block_n, block_k = (4, 1024) if n_rows == 1 else (64, 128)
     widths = [weight.shape[0] for weight in weights]
-    y = x.new_empty(len(rows), sum(widths))
-    blocks = [triton.cdiv(width, block_n) for width in widths]
-    _products_kernel[(sum(blocks),)](
-        rows, y, tuple(weights), tuple(widths), rows.stride(0), y.shape[1], len(rows),
-        ROWS=n_rows if few else max(16, n_rows), TENSOR_CORES=not few, N_WEIGHTS=len(weights), D_IN=rows.shape[1],
-        BLOCK_N=block_n, BLOCK_K=min(block_k, max(16, triton.next_power_of_2(rows.shape[1]))), num_warps=num_warps,
-        num_stages=num_stages,
+    y = x.new_empty(n_rows, sum(widths))
+    _products_kernel[(sum(triton.cdiv(width, block_n) for width in widths),)](
+        rows, y, tuple(weights), tuple(widths), rows.stride(0), y.shape[1], n_rows, N_WEIGHTS=len(weights),
+        ROWS=1 if n_rows == 1 else max(16, triton.next_power_of_2(n_rows)), D_IN=d_in, BLOCK_N=block_n,
+        BLOCK_K=min(block_k, max(16, triton.next_power_of_2(d_in))), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y.view(*x.shape[:-1], y.shape[1])
 
@@ -35,7 +32,7 @@ def products(x, weights, block_n=None, block_k=None, num_warps=4, num_stages=3):
 @triton.jit
 def _products_kernel(
     x_ptr, y_ptr, weights, widths, stride_x, stride_y, n_rows, N_WEIGHTS: tl.constexpr,
-    ROWS: tl.constexpr, TENSOR_CORES: tl.constexpr, D_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, D_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each program: BLOCK_N rows of one of the matrices, and what all rows of x make of them."""
     block = tl.program_id(0)
@@ -43,9 +40,8 @@ def _products_kernel(
         n_blocks = tl.cdiv(widths[i], BLOCK_N)
         if (block >= 0) & (block < n_blocks):
             _dot_rows(
-                x_ptr, y_ptr, weights[i], block, widths[i], stride_x, stride_y, n_rows,
-                ROWS, TENSOR_CORES, D_IN, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+                x_ptr, y_ptr, weights[i], block, widths[i], stride_x, stride_y, n_rows, ROWS, D_IN, BLOCK_N, BLOCK_K
+            )
         block -= n_blocks
         y_ptr += widths[i]
 
@@ -53,38 +49,39 @@ def _products_kernel(
 @triton.jit
 def _dot_rows(
     x_ptr, y_ptr, w_ptr, block, n, stride_x, stride_y, n_rows,
-    ROWS: tl.constexpr, TENSOR_CORES: tl.constexpr, D_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, D_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """ROWS 1: a sum on the ordinary cores, which waits for memory all the same; from 16 on, tensor cores."""
     outs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
     x_ptr += row[:, None] * stride_x
     w_ptr += outs.to(tl.int64)[:, None] * D_IN
     x_mask, w_mask = (row < n_rows)[:, None], (outs < n)[:, None]
-    if TENSOR_CORES:
+    if ROWS == 1:
+        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)  # added up once, at the end
+        for start in tl.static_range(0, D_IN, BLOCK_K):
+            at = (start + k)[None, :]
+            x = tl.load(x_ptr + at, mask=at < D_IN, other=0.0)
+            w = tl.load(w_ptr + at, mask=w_mask & (at < D_IN), other=0.0)
+            total += w.to(tl.float32) * x.to(tl.float32)
+        y = tl.sum(total, 1)[None, :]
+    else:
         y = tl.zeros((ROWS, BLOCK_N), tl.float32)
         for start in range(0, D_IN, BLOCK_K):
             at = (start + k)[None, :]
             x = tl.load(x_ptr + at, mask=x_mask & (at < D_IN), other=0.0)
             w = tl.load(w_ptr + at, mask=w_mask & (at < D_IN), other=0.0)
             y = tl.dot(x, tl.trans(w), y)
-    else:
-        total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)  # added up once, at the end
-        for start in tl.static_range(0, D_IN, BLOCK_K):
-            at = (start + k)[None, :]
-            x = tl.load(x_ptr + at, mask=x_mask & (at < D_IN), other=0.0)
-            w = tl.load(w_ptr + at, mask=w_mask & (at < D_IN), other=0.0)
-            total += w.to(tl.float32)[None, :, :] * x.to(tl.float32)[:, None, :]
-        y = tl.sum(total, 2)
-    y_mask = (row < n_rows)[:, None] & (outs < n)[None, :]
+    y_mask = x_mask & (outs < n)[None, :]
     tl.store(y_ptr + row[:, None] * stride_y + outs[None, :], y.to(y_ptr.dtype.element_ty), mask=y_mask)
 
 
-def mamba_step(xBC, dt, weight, bias, A_log, D, dt_bias, conv, ssm, lengths, block_p=None, num_warps=4):
-    """See model/reference.py. One kernel; the state is read once and written once."""
+def mamba_step(xBC, dt, weight, bias, A_log, D, dt_bias, conv, ssm, lengths, block_p=None, num_warps=None):
+    """What `mixer_step` has before its norm, in one kernel; the state is read once and written once."""
     b, h, n, p = ssm.shape
     if block_p is None:  # small where few rows leave multiprocessors without work
-        block_p = min(triton.next_power_of_2(p), 16 if b * h < PROGRAMS else 64)
+        block_p, num_warps = (16, 2) if b * h < PROGRAMS else (min(triton.next_power_of_2(p), 64), 4)
     bc = (xBC.shape[2] - h * p) // 2
     y = xBC.new_empty(b, 1, h * p)
     _mamba_step_kernel[(b * h, triton.cdiv(p, block_p))](
@@ -163,7 +160,8 @@ def attention_step(
     b, _, h, p = q.shape
     capacity, n_kv = keys.shape[1:3]
     block_p = max(16, triton.next_power_of_2(p))
-    block = block or max(16, 16384 // (block_p * q.element_size()))  # 71 KB of shared memory for keys and values
+    if block is None:  # of 16 KB of keys, or, where there are many programs, 8 KB, so that more of them run at once
+        block = max(16, (8192 if b * n_kv >= 128 else 16384) // (block_p * q.element_size()))
     splits = min(MAX_SPLITS, triton.cdiv(PROGRAMS, b * n_kv), triton.cdiv(capacity, block))
     split = max(block, triton.next_power_of_2(triton.cdiv(capacity, splits)))  # few values, so few compilations
     splits = triton.cdiv(capacity, split)

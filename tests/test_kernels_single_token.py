@@ -32,8 +32,8 @@ def floats(*tensors):
     [
         ((1, 1, 48), [19, 8, 3, 1, 40], torch.float32),
         ((1, 1, 48), [19, 8, 3, 1, 40], torch.bfloat16),
-        ((3, 1, 70), [21], torch.bfloat16),
-        ((2, 33), [5, 6], torch.float32),
+        ((1, 70), [21], torch.bfloat16),
+        ((1, 33), [5, 6], torch.float32),
         ((5, 1, 48), [19, 8], torch.float16),  # tensor cores
         ((20, 1, 70), [67, 1, 2], torch.float16),
     ],
@@ -42,7 +42,7 @@ def floats(*tensors):
 def test_products(shape, widths, dtype):
     x = draw(*shape, dtype=dtype)
     weights = [draw(width, shape[-1], seed=width, dtype=dtype) for width in widths]
-    got = single_token.products(x, weights, block_k=32)
+    got = single_token.products(x, weights, block_n=16, block_k=32)
     assert got.dtype == dtype
     near(got, reference.products(x.float(), floats(*weights)), dtype)
 
