@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 # rows of a program, rows whose loads are under way at a time, channels, warps (H200)
-FORWARD = {"ROWS": 32, "GROUP": 4, "BLOCK_D": 256, "num_warps": 1}
+FORWARD = {"ROWS": 32, "GROUP": 8, "BLOCK_D": 256, "num_warps": 2}
 BACKWARD = {"ROWS": 64, "GROUP": 4, "BLOCK_D": 256, "num_warps": 2}
 
 
@@ -49,7 +49,7 @@ def conv_forward(x, weight, bias, document_ids=None, initial_state=None, config=
     y = torch.empty(b, l, d, device=x.device, dtype=x.dtype)
     grid = triton.cdiv(d, config["BLOCK_D"]), triton.cdiv(l, config["ROWS"]), b
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](
+        _conv_forward_kernel[grid](
             x, weight.contiguous(), bias, ids, before, y, l, d, *x.stride()[:2],
             PACKED=ids is not None, CARRIED=before is not None, WIDTH=weight.shape[1], **config,
         )  # fmt: skip
@@ -67,7 +67,7 @@ def conv_backward(dy, x, weight, bias, document_ids=None, initial_state=None, dx
     blocks = triton.cdiv(l, config["ROWS"])
     sums = torch.empty(b, blocks, width + 1, d, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _backward_kernel[triton.cdiv(d, config["BLOCK_D"]), blocks, b](
+        _conv_backward_kernel[triton.cdiv(d, config["BLOCK_D"]), blocks, b](
             dy, x, weight.contiguous(), bias, ids, before, dx, dbefore, sums, l, d,
             *dy.stride()[:2], *x.stride()[:2], *dx.stride()[:2],
             PACKED=ids is not None, CARRIED=before is not None, WIDTH=width, **config,
@@ -171,7 +171,7 @@ def _pre(taps, weights, bias, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, ids_ptr, before_ptr, y_ptr, l, d, x_stride_b, x_stride_l,
     PACKED: tl.constexpr, CARRIED: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -258,7 +258,7 @@ def _walk(
 
 
 @triton.jit
-def _backward_kernel(
+def _conv_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, ids_ptr, before_ptr, dx_ptr, dbefore_ptr, sums_ptr, l, d,
     dy_stride_b, dy_stride_l, x_stride_b, x_stride_l, dx_stride_b, dx_stride_l,
     PACKED: tl.constexpr, CARRIED: tl.constexpr, WIDTH: tl.constexpr,

@@ -90,10 +90,7 @@ class Scales:
         self.inverse = (1 / self.scale)[..., None].repeat(1, 1, 4)
         # single numbers, as the kernels take them; they follow the tensors
         self.places = [
-            {
-                role: (self.scale[i, r], self.inverse[i, r, 0], self.seen[i, r])
-                for r, role in enumerate(ROLES)
-            }
+            {role: (self.scale[i, r], self.inverse[i, r, 0], self.seen[i, r]) for r, role in enumerate(ROLES)}
             for i in range(self.n_products)
         ]
 

@@ -10,8 +10,8 @@ import triton.language as tl
 from model.convolution import by_rows, sigmoid
 
 # rows of a tile, for a group of 4096 channels, tiles of a program, how many of them are under way, warps (H200)
-FORWARD = {"BLOCK_R": 1, "TILES": 1, "num_warps": 4}
-BACKWARD = {"BLOCK_R": 1, "TILES": 32, "STAGES": 3, "num_warps": 8}
+FORWARD = {"BLOCK_R": 1, "TILES": 1, "num_warps": 16}
+BACKWARD = {"BLOCK_R": 1, "TILES": 64, "STAGES": 3, "num_warps": 8}
 CHANNELS = 4096
 
 
@@ -42,7 +42,9 @@ def norm_forward(x, z, weight, n_groups, eps, config=FORWARD):
     config = fitting(config, d // g, x.element_size())
     grid = triton.cdiv(b * l, config["BLOCK_R"] * config["TILES"]), g
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](x, z, weight, y, scales, b * l, d // g, x.stride(0), z.stride(0), eps, **config)
+        _gated_norm_forward_kernel[grid](
+            x, z, weight, y, scales, b * l, d // g, x.stride(0), z.stride(0), eps, **config
+        )
     return y, scales
 
 
@@ -57,7 +59,7 @@ def norm_backward(dy, x, z, weight, scales, dz=None, config=BACKWARD):
     programs = triton.cdiv(b * l, config["BLOCK_R"] * config["TILES"])
     dweights = torch.empty(programs, d, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _backward_kernel[programs, g](
+        _gated_norm_backward_kernel[programs, g](
             dy, x, z, weight, scales, dx, dz_rows, dweights, b * l, d // g,
             dy.stride(0), x.stride(0), z.stride(0), dz_rows.stride(0), **config,
         )  # fmt: skip
@@ -82,7 +84,7 @@ def fitting(config, group, element):
 
 
 @triton.jit
-def _forward_kernel(
+def _gated_norm_forward_kernel(
     x_ptr, z_ptr, weight_ptr, y_ptr, scales_ptr, n, d, x_stride, z_stride, eps,
     BLOCK_R: tl.constexpr, TILES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +105,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gated_norm_backward_kernel(
     dy_ptr, x_ptr, z_ptr, weight_ptr, scales_ptr, dx_ptr, dz_ptr, dweights_ptr, n, d,
     dy_stride, x_stride, z_stride, dz_stride,
     BLOCK_R: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -58,13 +58,13 @@ class SigmoidGate(torch.autograd.Function):
 def multiply(x, gate, silu):
     """x * silu(gate) or x * sigmoid(gate)."""
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    launch(_forward_kernel, x, gate, y, silu=silu)
+    launch(_gating_forward_kernel, x, gate, y, silu=silu)
     return y
 
 
 def multiply_backward(x, gate, dy, dx, dgate, silu):
     """Write the gradients of x and gate into dx and dgate, which may be slices."""
-    launch(_backward_kernel, x, gate, dy, dx, dgate, silu=silu)
+    launch(_gating_backward_kernel, x, gate, dy, dx, dgate, silu=silu)
 
 
 def launch(kernel, *tensors, silu):
@@ -86,7 +86,7 @@ def _place(d, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _gating_forward_kernel(
     x_ptr, gate_ptr, y_ptr, d, x_stride, gate_stride, y_stride, SILU: tl.constexpr, BLOCK: tl.constexpr
 ):
     """y = x a(gate), a(g) = g sigmoid(g) or sigmoid(g)."""
@@ -100,7 +100,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gating_backward_kernel(
     x_ptr, gate_ptr, dy_ptr, dx_ptr, dgate_ptr, d, x_stride, gate_stride, dy_stride, dx_stride, dgate_stride,
     SILU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

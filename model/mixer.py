@@ -64,7 +64,7 @@ class Mixer(torch.autograd.Function):
         x, B, C = by_head(fed, A_log, norm_weight, n_groups)
         dx, dB, dC = by_head(dfed, A_log, norm_weight, n_groups)
         dt, A = rates(dt_before, dt_bias, A_log)
-        steps, cum = decays(dt, A, BACKWARD_CHUNK[x.element_size()], document_ids)
+        steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
         entering = entering_states(x, B, steps, cum, document_ids, ssm_state)
         _, dlog, dsteps, _, _, dD, _ = scan_backward(
             dy.view(x.shape), None, x, steps, cum, A, B, C, D.float(), document_ids, entering, dx, dB, dC
@@ -97,7 +97,7 @@ def rates(dt, dt_bias, A_log):
     steps = torch.empty(b, l, h, device=dt.device, dtype=torch.float32)
     A = torch.empty(h, device=dt.device, dtype=torch.float32)
     with torch.cuda.device_of(dt):
-        _rates_kernel[(triton.cdiv(b * l, BLOCK_T),)](
+        _scan_rates_kernel[(triton.cdiv(b * l, BLOCK_T),)](
             dt, dt_bias, A_log, steps, A, b * l, h, dt.stride(0), BLOCK_T, triton.next_power_of_2(h)
         )
     return steps, A
@@ -112,7 +112,7 @@ def rates_backward(dlog, dsteps, dt, dt_bias, A_log, ddt):
     dt, ddt = in_rows(dt), ddt.flatten(0, 1)
     sums = torch.empty(programs, 2, h, device=dt.device, dtype=torch.float32)
     with torch.cuda.device_of(dt):
-        _rates_backward_kernel[(programs,)](
+        _scan_rates_backward_kernel[(programs,)](
             dlog, dsteps, dt, dt_bias, A_log, ddt, sums, b * l, h, dt.stride(0), ddt.stride(0),
             BLOCK_T, triton.next_power_of_2(h),
         )  # fmt: skip
@@ -129,7 +129,7 @@ def _softplus(x):
 
 
 @triton.jit
-def _rates_kernel(
+def _scan_rates_kernel(
     dt_ptr, bias_ptr, A_log_ptr, steps_ptr, A_ptr, n, h, stride, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     t, heads = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_H)
@@ -143,7 +143,7 @@ def _rates_kernel(
 
 
 @triton.jit
-def _rates_backward_kernel(
+def _scan_rates_backward_kernel(
     dlog_ptr, dsteps_ptr, dt_ptr, bias_ptr, A_log_ptr, ddt_ptr, sums_ptr, n, h, stride, ddt_stride,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip

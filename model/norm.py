@@ -9,7 +9,7 @@ import triton.language as tl
 
 TILE = 2048  # elements that a program holds at a time: one row, or several short ones
 PER_THREAD = 16  # of them
-PROGRAMS_PER_SM = 4  # of the backward kernel, each with a part of the weight's gradient
+PROGRAMS_PER_SM = 2  # of the backward kernel, each with a part of the weight's gradient
 AHEAD, AHEAD_BYTES = 2, 48 * 1024  # long rows that it fetches before their turn, if no more bytes than these
 
 
@@ -39,7 +39,7 @@ class Norm(torch.autograd.Function):
         added = None if update is None else flat(update)
         tile = tile_of(d)
         with torch.cuda.device_of(x):
-            _forward_kernel[(triton.cdiv(n, tile["ROWS"]),)](
+            _norm_forward_kernel[(triton.cdiv(n, tile["ROWS"]),)](
                 rows, added, weight, total, y, scales, n, rows.shape[1], d, eps, multiplier, *rows.stride()[:2],
                 0 if added is None else added.stride(0), ADD=update is not None, **tile,
             )  # fmt: skip
@@ -68,7 +68,7 @@ def norm_backward(x, weight, scales, dy, dtotal):
     programs = min(PROGRAMS_PER_SM * multiprocessors(x.device), triton.cdiv(n, tile["ROWS"]))
     dweights = torch.empty(programs, d, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _backward_kernel[(programs,)](
+        _norm_backward_kernel[(programs,)](
             rows, weight, scales, dy, dtotal, dx, dweights, n, rows.shape[1], d, *rows.stride()[:2], dy.stride(0),
             0 if dtotal is None else dtotal.stride(0), ADD=dtotal is not None, STAGES=ahead + 1, **tile,
         )  # fmt: skip
@@ -99,7 +99,7 @@ def multiprocessors(device):
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_forward_kernel(
     x_ptr, update_ptr, weight_ptr, total_ptr, y_ptr, scales_ptr, n, inner, d, eps, multiplier,
     x_outer, x_inner, update_stride, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     x_ptr, weight_ptr, scales_ptr, dy_ptr, dtotal_ptr, dx_ptr, dweights_ptr, n, inner, d,
     x_outer, x_inner, dy_stride, dtotal_stride,
     ADD: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -18,7 +18,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 def linear(x, weight):
     """x (..., k) times weight^T, (n, k): (..., n)."""
-    if ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > x.shape[-1]:
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if ONEDNN and on_cpu and x.numel() > x.shape[-1] and not torch.compiler.is_compiling():
         return OneDNNLinear.apply(x, weight)
     return F.linear(x, weight)
 

@@ -88,7 +88,7 @@ def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, pla
     entering_out, entering_strides = tiles(entering.flatten(0, 1), block_p, block_n, plan)
     (steps_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan) for t in (steps, cum))
     with torch.cuda.device_of(x):
-        _entering_kernel[(b * h, triton.cdiv(p, block_p))](
+        _scan_entering_kernel[(b * h, triton.cdiv(p, block_p))](
             x_in, B_in, entering_out, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
             cum, first, contiguous_float(initial_state), l, h, h // B.shape[2], n_chunks,
             P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages,
@@ -158,7 +158,7 @@ def decays(dt, A, chunk, document_ids):
     steps = torch.empty(b, h, n_chunks, chunk, device=dt.device, dtype=torch.float32)
     cum = torch.empty_like(steps)
     with torch.cuda.device_of(dt):
-        _decays_kernel[(b * n_chunks, triton.cdiv(h, block_h))](
+        _scan_decays_kernel[(b * n_chunks, triton.cdiv(h, block_h))](
             dt, A, document_ids, steps, cum, l, h, n_chunks, chunk, *dt.stride(),
             PACKED=document_ids is not None, BLOCK_H=block_h, BLOCK_Q=triton.next_power_of_2(chunk),
         )  # fmt: skip
@@ -171,7 +171,7 @@ def _join(begins_a, sum_a, begins_b, sum_b):
 
 
 @triton.jit
-def _decays_kernel(
+def _scan_decays_kernel(
     dt_ptr, A_ptr, ids_ptr, steps_ptr, cum_ptr, l, h, n_chunks, chunk_size, stride_b, stride_l, stride_h,
     PACKED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +213,7 @@ def document_starts(document_ids, chunk):
     n_chunks = triton.cdiv(l, chunk)
     first = torch.empty(b, n_chunks, chunk, device=document_ids.device, dtype=torch.int32)
     with torch.cuda.device_of(first):
-        _starts_kernel[(b * n_chunks,)](document_ids.contiguous(), first, l, n_chunks, Q=chunk, num_warps=1)
+        _scan_starts_kernel[(b * n_chunks,)](document_ids.contiguous(), first, l, n_chunks, Q=chunk, num_warps=1)
     return first
 
 
@@ -223,7 +223,7 @@ def _later(a, b):
 
 
 @triton.jit
-def _starts_kernel(ids_ptr, first_ptr, l, n_chunks, Q: tl.constexpr):
+def _scan_starts_kernel(ids_ptr, first_ptr, l, n_chunks, Q: tl.constexpr):
     b, c = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
     q = tl.arange(0, Q)
     at = c * Q + q
@@ -323,7 +323,7 @@ def _scan_kernel(
 
 
 @triton.jit
-def _entering_kernel(
+def _scan_entering_kernel(
     x_in, B_in, entering, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
     cum_ptr, first_ptr, initial_ptr, l, h, heads_of_group, n_chunks,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -6,13 +6,13 @@ L_kq = exp(cum_q - cum_k) for k <= q, and S (p, n) the state that enters:
 
     y_q = sum_k L_kq (B_k C_q) dt_k x_k + in_q S C_q + D x_q        S' = whole S + sum_k out_k dt_k x_k B_k^T
 
-_states_kernel walks each head's blocks from the last to the first with dS, the gradient of S, in registers:
+_scan_backward_states_kernel walks each head's blocks from the last to the first with dS, the gradient of S, in registers:
     dS = whole dS' + sum_q in_q dy_q C_q^T
-_blocks_kernel takes a block of all heads that share B and C, so that x, dy, S and dS' are read once:
+_scan_backward_blocks_kernel takes a block of all heads that share B and C, so that x, dy, S and dS' are read once:
     dx_k = dt_k (sum_q L_kq (B_k C_q) dy_q + out_k dS' B_k) + D dy_k
     dB_k = sum_q G_kq C_q + sum_h out_k dt_k dS'^T x_k        with G_kq = sum_h L_kq dt_k (x_k dy_q)
     dC_q = sum_k G_kq B_k + sum_h in_q S^T dy_q
-_decays_kernel gathers the gradient of each log decay. What passes through the decay at t: pairs k < t <= q, the entering
+_scan_backward_decays_kernel gathers the gradient of each log decay. What passes through the decay at t: pairs k < t <= q, the entering
 state on its way to q >= t, tokens k < t on their way to the leaving state, and the state that crosses the block. The
 pairs are sums over rows less sums over columns of one float32 tile, added up from the end of the document.
 """
@@ -28,9 +28,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def scan_backward(
-    dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, dx_out=None, dB_out=None, dC_out=None
-):
+def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, dx_out=None, dB_out=None, dC_out=None):
     """The gradients of the scan, from dy (b, l, h, p), contiguous, and that of the last state, (b, h, p, n) or None.
 
     x (b, l, h, p), B, C (b, l, g, n), and the *_out that take their gradients: rows of any stride, channels side by
@@ -64,16 +62,16 @@ def scan_backward(
     settings = dict(CHUNK=chunk, BLOCK=block, PACKED=document_ids is not None)
     products = dict(P=p, N=n, BLOCK_P=launch.block_p, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32")
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _pairs_kernel[(b * n_blocks, g)](
+        _scan_backward_pairs_kernel[(b * n_blocks, g)](
             B, C, document_ids, later, own, l, n_blocks, *B.stride()[:3], *C.stride()[:3], N=n, BLOCK=block,
             BLOCK_N=block_n, PACKED=settings["PACKED"], PRECISION=products["PRECISION"],
         )  # fmt: skip
-        _states_kernel[(b * h, tiles, triton.cdiv(n, launch.states_block_n))](
+        _scan_backward_states_kernel[(b * h, tiles, triton.cdiv(n, launch.states_block_n))](
             dy, dlast, cum, C, document_ids, dstates, dinitial, l, h, n_blocks, padded_l, h // g, *C.stride()[:3],
             BLOCK_N=launch.states_block_n, LAST=dlast is not None, STAGES=launch.states_stages,
             num_warps=launch.states_warps, **settings, **products,
         )  # fmt: skip
-        _blocks_kernel[(b * n_blocks, g, launch.splits)](
+        _scan_backward_blocks_kernel[(b * n_blocks, g, launch.splits)](
             dy, x, B, C, steps, cum, D, document_ids, entering.contiguous(), dstates, dx, *sums,
             later, own, after, before, fed, product, kept, l, h, n_blocks, padded_l, h // g, h // g // launch.splits,
             *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dx.stride()[:3], *sums[0].stride()[:4],
@@ -81,7 +79,7 @@ def scan_backward(
             **settings, **products,
         )  # fmt: skip
         block_h = min(32, triton.next_power_of_2(h))
-        _decays_kernel[(b * n_blocks, triton.cdiv(h, block_h))](
+        _scan_backward_decays_kernel[(b * n_blocks, triton.cdiv(h, block_h))](
             after, before, fed, product, kept, own, steps, cum, document_ids, dlog, dsteps, dD,
             l, h, g, n_blocks, padded_l, TILES=tiles, BLOCK_H=block_h, **settings,
         )  # fmt: skip
@@ -152,7 +150,7 @@ def _add(a, b, c, other_a, other_b, other_c):
 
 
 @triton.jit
-def _states_kernel(
+def _scan_backward_states_kernel(
     dy_ptr, dlast_ptr, cum_ptr, C_ptr, ids_ptr, dstates_ptr, dinitial_ptr,
     l, h, n_blocks, padded_l, heads_of_group, C_stride_b, C_stride_l, C_stride_g,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -196,7 +194,7 @@ def _states_kernel(
 
 
 @triton.jit
-def _pairs_kernel(
+def _scan_backward_pairs_kernel(
     B_ptr, C_ptr, ids_ptr, later_ptr, own_ptr, l, n_blocks, B_stride_b, B_stride_l, B_stride_g,
     C_stride_b, C_stride_l, C_stride_g, N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -222,7 +220,7 @@ def _pairs_kernel(
 
 
 @triton.jit
-def _blocks_kernel(
+def _scan_backward_blocks_kernel(
     dy_ptr, x_ptr, B_ptr, C_ptr, steps_ptr, cum_ptr, D_ptr, ids_ptr, entering_ptr, dstates_ptr,
     dx_ptr, dB_ptr, dC_ptr, later_ptr, own_ptr, after_ptr, before_ptr, fed_ptr, product_ptr, kept_ptr,
     l, h, n_blocks, padded_l, heads_of_group, heads_of_program,
@@ -287,7 +285,13 @@ def _blocks_kernel(
                 goes = at < start  # a block of the chunk before this one
                 back = at - start + k
                 mask = goes & (k >= 0)
-                earlier_x = _tile(x_ptr + head * x_stride_h + channel, back, p, x_stride_l, mask[:, None] & (p < P - channel)[None, :])
+                earlier_x = _tile(
+                    x_ptr + head * x_stride_h + channel,
+                    back,
+                    p,
+                    x_stride_l,
+                    mask[:, None] & (p < P - channel)[None, :],
+                )
                 earlier_B = _tile(B_ptr, back, n, B_stride_l, mask[:, None] & (n < N)[None, :])
                 last = tl.load(head_cum_ptr + at + BLOCK - 1, mask=goes, other=0.0)
                 feeds = _exp(last - tl.load(head_cum_ptr + at + k, mask=mask, other=0.0))
@@ -348,7 +352,7 @@ def _join(begins_a, sum_a, begins_b, sum_b):
 
 
 @triton.jit
-def _decays_kernel(
+def _scan_backward_decays_kernel(
     after_ptr, before_ptr, fed_ptr, product_ptr, kept_ptr, own_ptr, steps_ptr, cum_ptr, ids_ptr,
     dlog_ptr, dsteps_ptr, dD_ptr, l, h, g, n_blocks, padded_l, TILES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr,

@@ -42,7 +42,8 @@ def test_bench_reports_a_run_of_the_trainer(benched):
     figures, said, kept = benched
     rows = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4
-    assert figures["tokens_per_s"] == pytest.approx(sum(row["tokens_per_s"] for row in rows[1:3]) / 2)
+    both_steps = rows[2]["seconds"] - rows[0]["seconds"]  # the second and the third; the first warms up
+    assert figures["tokens_per_s"] == pytest.approx(2 * figures["batch_tokens"] / both_steps)
     assert figures["tokens_per_s_per_gpu"] == figures["tokens_per_s"] / 2
     assert (figures["micro_batch"], figures["grad_accum"], figures["batch_tokens"]) == (2, 2, 2 * 2 * 2 * 64)
     assert figures["losses"] == [row["loss"] for row in rows]
@@ -115,6 +116,7 @@ def test_random_data_is_a_whole_folder_of_documents_of_about_1024_tokens(tmp_pat
         ("_conv_backward_kernel", "convolution"),
         ("void causal_conv1d_channellast_fwd_kernel<Causal_conv1d_channellast_fwd_kernel_traits>", "convolution"),
         ("_layer_norm_bwd_kernel", "norms"),
+        ("_gating_forward_kernel", "element-wise"),
         ("_gated_norm_forward_kernel", "norms"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::silu_kernel>", "element-wise"),
         ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies"),
@@ -189,7 +191,7 @@ def test_bamba_of_the_same_shape_has_as_many_parameters_and_both_are_timed(tmp_p
     ours, bamba, mamba = json.loads((tmp_path / "peers.json").read_text())["rows"]
     assert ours["parameters"] == bamba["parameters"] == 56140
     assert min(row[key] for row in (ours, bamba) for key in ("pass_tokens_per_s", "step_tokens_per_s")) > 0
-    assert "mamba-ssm is not installed" in mamba["problem"] or mamba["parameters"] == 56140
+    assert mamba.get("problem", "").startswith("left out: mamba-ssm is not installed") or "parameters" in mamba
     assert f"{ours['step_tokens_per_s'] / bamba['step_tokens_per_s']:.2f}" in result.stdout
 
 

@@ -146,7 +146,7 @@ def test_what_is_not_a_number_reaches_every_gradient(steps, bad):
     def poisoned(module, gradients, dy):
         gradient = gradients[0].clone()
         gradient[0, 5, 3] = bad
-        return (gradient,)
+        return gradient, gradient  # of both that it adds
 
     model.norm.register_full_backward_hook(poisoned)
     gradients = backward(model)

@@ -5,9 +5,9 @@
 
 It starts train/launch.py itself, loader, clipping, optimizer and log included, with the flags behind `--`, on
 documents of random tokens or on --data, and reads what that run leaves. A step is --grad-accum micro-batches on each
-GPU. Tokens/s is the median of the --steps after --warm-up; one more step is then recorded (train/profiler.py), since
-recording slows a step. The gap is what a step that counts takes beyond the time in which kernels ran in the recorded
-one. Start-up counts from the command to the end of the first step.
+GPU. Its time is the median of the --steps after --warm-up, each from one line of the log to the next. One more step
+is then recorded (train/profiler.py), since recording slows it; the gap is what a step that counts takes beyond the
+time in which kernels ran in the recorded one. Start-up counts from the command to the end of the first step.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import tempfile
 import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -142,11 +143,11 @@ def make_random_data(folder, vocab_size, n_tokens):
 def figures(run_dir, flags, began):
     """What a finished run's folder says. began: when its command started, as time.time() tells."""
     record, rows = read_json(run_dir.config), read_metrics(run_dir.metrics)
-    counted = rows[flags.warm_up : flags.warm_up + flags.steps]
     plan, shape = record["plan"], ModelConfig(**record["model"])
     batch_tokens = plan["batch_sequences"] * shape.seq_len
-    rate = median(row["tokens_per_s"] for row in counted)
-    step_ms = 1e3 * batch_tokens / rate
+    steps_ms = [1e3 * (b["seconds"] - a["seconds"]) for a, b in pairwise(rows)]  # from the second on, the log included
+    step_ms = median(steps_ms[flags.warm_up - 1 : flags.warm_up - 1 + flags.steps])
+    rate = 1e3 * batch_tokens / step_ms
     times = read_json(run_dir.path / "profile" / "times.json")
     at = {event["event"]: event["time"] - began for event in map(json.loads, run_dir.events.read_text().splitlines())}
     gpu = machine()
@@ -159,14 +160,15 @@ def figures(run_dir, flags, began):
         "micro_batch": plan["micro_batch"], "grad_accum": plan["grad_accum"], "seq_len": shape.seq_len,
         "batch_tokens": batch_tokens, "zero_stage": record["deepspeed"]["zero_optimization"]["stage"],
         "kernels": record["kernels"], "recompute": record["run"]["recompute"], "optimizer": record["run"]["optimizer"],
+        "fp8": record["run"].get("fp8", False),
         "tokens_per_s": rate, "tokens_per_s_per_gpu": rate / flags.gpus,
         "gflop_per_token": shape.flops_per_token / 1e9,
-        "mfu": median(row["mfu"] for row in counted) if "mfu" in counted[0] else None,
+        "mfu": rate * shape.flops_per_token / (flags.gpus * known.dense_tflops["bf16"] * 1e12) if known else None,
         "memory_gib": max(row["memory_gib"] for row in rows),
         "memory_reserved_gib": max(row.get("memory_reserved_gib", 0.0) for row in rows) or None,
         "start_up_s": at["start"] + rows[0]["seconds"],
-        "start_up": {"inputs_checked_s": at["start"], "kernels_ready_s": at.get("kernels")},
-        "step_ms": step_ms, "steps_ms": [round(1e3 * batch_tokens / row["tokens_per_s"], 1) for row in rows],
+        "start_up": {"processes_joined_s": at["start"], "kernels_ready_s": at.get("kernels")},
+        "step_ms": step_ms, "steps_ms": [round(ms, 1) for ms in steps_ms],
         "losses": [row["loss"] for row in rows],
         "busy_ms": times["busy_ms"], "gap_ms": step_ms - times["busy_ms"],
         "groups": [group | {"floor_ms": floor_ms.get(group["group"])} for group in times["groups"]],
@@ -194,7 +196,7 @@ def floors(shape, tokens, n_gpus, gpu, groups):
         "cross entropy": 2 * shape.vocab_size,
     }
     peak = {kind: tflops * 1e9 for kind, tflops in gpu.dense_tflops.items()}  # FLOP a ms
-    flops = dict(shape.flops_per_token_by_part)
+    flops = shape.flops_per_token_by_part
     products = sum(count for part, count in flops.items() if part not in NO_PRODUCTS)
     result = {group: 2 * count * tokens / (gpu.bandwidth_gb_s * 1e6) for group, count in activations.items()}
     result["attention"] = flops["attention_scores"] * tokens / peak["bf16"]
@@ -246,6 +248,12 @@ def show(result):
             f"{group['ms'] / group['floor_ms']:.2f}" if group["floor_ms"] else dash,
         ) for group in result["groups"]],
     )  # fmt: skip
+    joined, kernels = result["start_up"]["processes_joined_s"], result["start_up"]["kernels_ready_s"]
+    print(
+        f"start-up: processes joined after {joined:.1f} s, "
+        + (f"kernels ready after {kernels:.1f} s, " if kernels else "")
+        + f"first step done after {result['start_up_s']:.1f} s"
+    )
     print(f"commit {result['git_commit']}, {result['day']}, {json.dumps(result['versions'])}")
     print(f"run: {result['run']}")
 

@@ -146,10 +146,9 @@ def attention_layers(shape):
 def take_mamba_ssm_bare():
     """Make mamba_ssm's Triton kernels importable where its CUDA extension, which is Mamba-1's, was not built."""
     found = importlib.util.find_spec("mamba_ssm")
-    if found is None or importlib.util.find_spec("selective_scan_cuda"):
-        return
-    sys.modules.setdefault("selective_scan_cuda", ModuleType("selective_scan_cuda"))
-    sys.modules.setdefault("mamba_ssm", importlib.util.module_from_spec(found))
+    if found and "selective_scan_cuda" not in sys.modules and not importlib.util.find_spec("selective_scan_cuda"):
+        sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")
+        sys.modules.setdefault("mamba_ssm", importlib.util.module_from_spec(found))  # without its own __init__
 
 
 # ---- timing
@@ -189,33 +188,37 @@ def compare(flags):
 
 
 def figures(name, shape, flags):
-    """One network's, as a dict; {"problem": a line} where it cannot run."""
+    """One network's, as a dict; with "problem", a line, where a peer cannot run, or not all of it."""
     if name != OURS and importlib.util.find_spec(name.replace("-", "_")) is None:
         return {"problem": f"left out: {name} is not installed (pip install {name})"}
-    device, on_gpu = ("cuda", True) if torch.cuda.is_available() else ("cpu", False)
+    found = {}
     try:
-        torch.manual_seed(0)
-        with torch.device(device):
-            model, loss = NETWORKS[name](shape, flags.kernels)
-        module = WithLoss(model.train(), loss).to(torch.bfloat16 if on_gpu else torch.float32)
-        tokens = torch.randint(shape.vocab_size, (flags.micro_batch, shape.seq_len), device=device)
-        found = {
-            "version": None if name == OURS else version(name),
-            "parameters": sum(weight.numel() for weight in model.parameters()),
-        }
-        found |= forward_and_backward(module, tokens, flags.passes, "")
-        found["groups"] = groups(module, tokens)
-        if flags.compile:
-            try:
-                found |= forward_and_backward(torch.compile(module), tokens, flags.passes, "compiled_")
-            except Exception as error:  # whatever the compiler raises: eager figures stand
-                found["compiled_problem"] = first_line(error)
-            torch.compiler.reset()
-        return found | whole_steps(module, tokens, flags)
-    except (ImportError, RuntimeError, AssertionError, TypeError) as error:  # the peer's own, or no memory
+        add_figures(found, name, shape, flags)
+    except Exception as error:  # whatever another project's code may raise: the others are still timed
         if name == OURS:
             raise
-        return {"problem": f"failed: {first_line(error)}"}
+        found["problem"] = f"failed: {first_line(error)}"
+    return found
+
+
+def add_figures(found, name, shape, flags):
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model, loss = NETWORKS[name](shape, flags.kernels)
+    module = WithLoss(model.train(), loss).to(dtype)
+    tokens = torch.randint(shape.vocab_size, (flags.micro_batch, shape.seq_len), device=device)
+    found["version"] = None if name == OURS else version(name)
+    found["parameters"] = sum(weight.numel() for weight in model.parameters())
+    found |= forward_and_backward(module, tokens, flags.passes, "")
+    found["groups"] = groups(module, tokens)
+    if flags.compile:
+        try:
+            found |= forward_and_backward(torch.compile(module), tokens, flags.passes, "compiled_")
+        except Exception as error:  # whatever the compiler raises: the eager figures stand
+            found["compiled_problem"] = first_line(error)
+        torch.compiler.reset()
+    found |= whole_steps(module, tokens, flags)
 
 
 class WithLoss(nn.Module):
@@ -239,7 +242,10 @@ def forward_and_backward(module, tokens, passes, prefix):
         seconds.append(time.perf_counter() - began)
     module.zero_grad(set_to_none=True)
     typical = median(seconds[WARM_UP:])
-    return {prefix + "pass_ms": 1e3 * typical, prefix + "pass_tokens_per_s": tokens.numel() / typical} | peak(prefix)
+    return {
+        f"{prefix}pass_ms": 1e3 * typical, f"{prefix}pass_tokens_per_s": tokens.numel() / typical,
+        **peak(f"{prefix}pass_"),
+    }  # fmt: skip
 
 
 def groups(module, tokens):
@@ -297,29 +303,26 @@ def first_line(error):
 
 
 def show(result):
-    rows = [row for row in result["rows"] if "problem" not in row]
-    gpu, first = gpu_of(result["gpu"]), rows[0]
+    rows, gpu = [row for row in result["rows"] if "groups" in row], gpu_of(result["gpu"])
+    first = rows[0]
 
-    def mfu(rate):
-        return f"{rate * result['gflop_per_token'] / (1e3 * gpu.dense_tflops['bf16']):.1%}" if gpu else "-"
-
-    def gib(row, key):
-        return f"{row[key]:.1f}" if key in row else "-"
+    def cells(row, kind):
+        """Rate, MFU, memory, and this repository's rate to that one's, of a "pass" or a whole "step"."""
+        rate = row.get(f"{kind}_tokens_per_s")
+        if rate is None:
+            return "-", "-", "-", "-"
+        mfu = f"{rate * result['gflop_per_token'] / (1e3 * gpu.dense_tflops['bf16']):.1%}" if gpu else "-"
+        memory = f"{row[f'{kind}_memory_gib']:.1f}" if f"{kind}_memory_gib" in row else "-"
+        return f"{rate:,.0f}", mfu, memory, f"{first[f'{kind}_tokens_per_s'] / rate:.2f}"
 
     print_table(
-        f"{result['size']}, {result['micro_batch']} x {result['seq_len']} tokens a pass, {result['grad_accum']} "
-        f"passes a step, {result['gpu']}; ratio: this repository's rate to that one's",
-        (
-            "network", "parameters", "pass tok/s", "MFU", "GiB", "ratio", "compiled",
-            "step tok/s", "MFU", "GiB", "ratio",
-        ),
+        f"{result['size']}, {result['micro_batch']} x {result['seq_len']} tokens a pass, {result['grad_accum']} a "
+        f"step, {result['gpu']}; ratio: this repository's rate to that one's",
+        ("", "parameters", "pass tok/s", "MFU", "GiB", "ratio", "compiled", "step tok/s", "MFU", "GiB", "ratio"),
         [(
-            f"{row['name']} {row['version'] or ''}", f"{row['parameters']:,}", f"{row['pass_tokens_per_s']:,.0f}",
-            mfu(row["pass_tokens_per_s"]), gib(row, "memory_gib"),
-            f"{first['pass_tokens_per_s'] / row['pass_tokens_per_s']:.2f}",
+            f"{row['name']} {row['version'] or ''}", f"{row['parameters']:,}", *cells(row, "pass"),
             f"{row['compiled_pass_tokens_per_s']:,.0f}" if "compiled_pass_tokens_per_s" in row else "-",
-            f"{row['step_tokens_per_s']:,.0f}", mfu(row["step_tokens_per_s"]), gib(row, "step_memory_gib"),
-            f"{first['step_tokens_per_s'] / row['step_tokens_per_s']:.2f}",
+            *cells(row, "step"),
         ) for row in rows],
     )  # fmt: skip
     names = sorted({group for row in rows for group in row["groups"]}, key=lambda name: -first["groups"].get(name, 0))
@@ -329,9 +332,9 @@ def show(result):
         [(name, *(f"{row['groups'].get(name, 0):.1f}" for row in rows)) for name in names],
     )
     for row in result["rows"]:
-        for key in ("problem", "compiled_problem"):
+        for key, what in (("problem", ""), ("compiled_problem", ", compiled")):
             if key in row:
-                print(f"{row['name']}{', compiled' if key != 'problem' else ''}: {row[key]}")
+                print(f"{row['name']}{what}: {row[key]}")
     print(f"commit {result['git_commit']}, {result['day']}, {json.dumps(result['versions'])}")
 
 

@@ -31,7 +31,7 @@ GROUPS = (
     ("products", ("nvjet", "gemm", "cutlass", "xmma", "cublas", "splitk", "::mm", "::addmm", "::bmm", "::matmul")),
     ("embedding", ("embedding", "index", "gather", "scatter")),
     ("copies", ("copy", "memcpy", "memset", "fill", "catarray", "::cat", "::clone")),
-    ("element-wise", ("elementwise", "swiglu", "silu", "sigmoid", "rotary", "gate", "add", "mul", "div", "triton_")),
+    ("element-wise", ("elementwise", "swiglu", "silu", "sigmoid", "gating", "rotary", "add", "mul", "div", "triton_")),
 )
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 SHOWN = 40  # kernels in times.json
