@@ -22,7 +22,7 @@ class Decoder:
     logits: what to make of the last hidden states, (b, d), in a step; None: the model's own logits.
     A decoder reads the weights where they were when it started: after new values in the same tensors it goes on with
     them, after model.to(...) it has to start again. One that is started again keeps its graph where the number of rows
-    is the same and the longest row fits.
+    is the same and the longest row fits. Modules with hooks run without a graph.
     """
 
     def __init__(self, model, logits=None):
@@ -97,7 +97,7 @@ class Decoder:
         self.tokens = torch.zeros(n_rows, 1, dtype=torch.long, device=weight.device)
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=weight.device)
         self.state = [self._buffers(kind, weight) for kind in self.model.config.layer_pattern]
-        if weight.is_cuda:
+        if weight.is_cuda and not has_hooks(self.model):
             with torch.cuda.device(weight.device):
                 self._capture()
 
@@ -136,6 +136,11 @@ class Decoder:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = self._run()
+
+
+def has_hooks(model):
+    """Whether anything else is to run with the modules, as ZeRO-3's gathering does: a graph would leave it out."""
+    return any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def _rows(layer):

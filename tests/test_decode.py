@@ -5,7 +5,7 @@ import torch
 from random_models import SHAPE, random_tokens
 from test_generate import PROMPTS, SHAPES, build
 
-from model.decode import ROOM, Decoder
+from model.decode import ROOM, Decoder, has_hooks
 from model.generate import prefill
 
 
@@ -116,3 +116,13 @@ def test_half_precision_stays_near():
     want = model.step(tokens[:, None], state)[0][:, 0]
     torch.testing.assert_close(decoder.step(tokens), want, rtol=0, atol=0.02 * want.abs().max().item())
     assert SHAPE.d_conv == 4 and decoder.state[0]["conv"].dtype == torch.bfloat16
+
+
+def test_hooks_of_a_module_are_seen():
+    model = build(layer_pattern="MA")
+    assert not has_hooks(model)
+    handle = model.layers[1].mixer.out_proj.register_forward_pre_hook(lambda module, inputs: None)
+    assert has_hooks(model)
+    handle.remove()
+    model.layers[0].register_forward_hook(lambda module, inputs, output: None)
+    assert has_hooks(model)
