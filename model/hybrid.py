@@ -15,7 +15,6 @@ from model.attention import Attention
 from model.layers import AddNorm, Packing, RMSNorm, SplitLinear, SwiGLU
 from model.mamba2 import Mamba2
 from model.ops import load_ops
-from model.reference import linear
 
 INIT_STD = 0.02  # GPT-2's; output projections are scaled down by the number of residual additions
 RECOMPUTE = ("none", "layer")
@@ -119,7 +118,7 @@ class HybridLM(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., d) -> (..., vocab), in float32."""
-        return linear(hidden, self.head_weight).float()
+        return self.ops.products(hidden, [self.head_weight]).float()
 
     def forward(self, tokens, targets=None, document_ids=None, state=None, head=True):
         """Logits (b, l, vocab) in float32; with targets (b, l), the mean loss in nats over those that are not -100.

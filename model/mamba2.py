@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from model.layers import Linear, SplitLinear
+from model.layers import FixedState, Linear, SplitLinear
 
 DT_MIN, DT_MAX = 0.001, 0.1  # step sizes at the start, as in Mamba (arXiv:2312.00752, section 3.6)
 A_MIN, A_MAX = 1.0, 16.0  # decay rates at the start, as in Mamba-2
@@ -19,14 +19,14 @@ class Mamba2(nn.Module):
         self.config, self.ops = config, ops
         bc = config.n_groups * config.d_state
         widths = {"z": config.d_inner, "x": config.d_inner, "B": bc, "C": bc, "dt": config.n_mamba_heads}
-        self.in_proj = SplitLinear(config.d_model, widths)
+        self.in_proj = SplitLinear(config.d_model, widths, ops)
         self.conv1d_weight = nn.Parameter(torch.empty(config.d_conv_channels, config.d_conv))
         self.conv1d_bias = nn.Parameter(torch.empty(config.d_conv_channels))
         self.A_log = nn.Parameter(torch.empty(config.n_mamba_heads))
         self.D = nn.Parameter(torch.empty(config.n_mamba_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.n_mamba_heads))
         self.norm_weight = nn.Parameter(torch.empty(config.d_inner))
-        self.out_proj = Linear(config.d_inner, config.d_model)
+        self.out_proj = Linear(config.d_inner, config.d_model, ops)
 
     @torch.no_grad()
     def init_scan(self):
@@ -43,11 +43,14 @@ class Mamba2(nn.Module):
     def forward(self, u, packing=None, state=None):
         """state: {} before the first token; keeps "conv" (b, d_conv - 1, channels) and "ssm" (b, heads, n, p)."""
         config = self.config
-        state_before = state or {"conv": None, "ssm": None}
+        weights = self.conv1d_weight, self.conv1d_bias, self.A_log, self.D, self.dt_bias, self.norm_weight
+        zxbcdt = self.in_proj(u, split=())
+        if isinstance(state, FixedState):
+            return self.out_proj(self.ops.mixer_step(zxbcdt, *weights, config.n_groups, config.norm_eps, **state))
+        before = state or {"conv": None, "ssm": None}
         y, conv, ssm = self.ops.mixer(
-            self.in_proj(u, split=()), self.conv1d_weight, self.conv1d_bias, self.A_log, self.D, self.dt_bias,
-            self.norm_weight, config.n_groups, config.chunk_size, config.norm_eps,
-            None if packing is None else packing.document_ids, state_before["conv"], state_before["ssm"],
+            zxbcdt, *weights, config.n_groups, config.chunk_size, config.norm_eps,
+            None if packing is None else packing.document_ids, before["conv"], before["ssm"],
         )  # fmt: skip
         if state is not None:
             state.update(conv=conv.clone(), ssm=ssm)  # not a part of in_proj's product, which it would keep whole
