@@ -6,9 +6,10 @@
 What a Scorer uses of either: seq_len, vocab_size (of the head), prefix_id, shares (whether a beginning is read once),
 encode, encode_plain, decode, and
 batch_size, max_scored (places in a forward pass) and
-read(tokens, state, places, keep) -> features, state: reads the rows tokens (equally long lists of ids) behind `state`
-(None: from the beginning), which stays as it was. features (n, ...) at places, counted through the rows, alone;
-the state behind the last column, None unless keep. logits(features) -> (n, vocab) in float32.
+read(rows, state, places, keep) -> features, state: reads rows of ids, padded to one length, behind `state` (None: from
+the beginning), which stays as it was. features (n, ...) at places, counted through the padded rows, alone; the state
+behind each row's end, None unless keep, for which the rows must be equally long unless the model is `ragged`.
+logits(features) -> (n, vocab) in float32.
 take(state, rows) -> state of these rows. write(prompts, n_tokens, until) -> [ids], by the likeliest token.
 wait_for_others(): called by every process when its share is done.
 """
@@ -32,8 +33,9 @@ from curation.merges import CUT
 from curation.shards import file_sha256
 from curation.tokenizer import load_tokenizer
 from model.config import PRESETS
+from model.decode import Decoder
 from model.generate import prefill
-from model.scorer import MAX_LOGITS, to_device
+from model.scorer import MAX_LOGITS, padded, to_device
 from model.weights import MANIFEST, load_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -107,7 +109,7 @@ def last_cut(text):
 class OwnModel(OwnText):
     """A HybridLM with its tokenizer."""
 
-    kind, shares, max_scored = "braid", True, sys.maxsize
+    kind, shares, ragged, max_scored = "braid", True, True, sys.maxsize
 
     def __init__(self, model, tokenizer, *, dtype="float32", name="model", sha256=None):
         super().__init__(tokenizer, model.config.seq_len)
@@ -116,6 +118,7 @@ class OwnModel(OwnText):
         # in float32 whatever the network's dtype: bfloat16 logits tie, or flip, close choices
         self.head = model.head_weight.detach().float()
         self.model = model.to(DTYPES[dtype])
+        self.decoder = Decoder(self.model, logits=self.logits)
 
     @property
     def device(self):
@@ -132,10 +135,11 @@ class OwnModel(OwnText):
         rows = STATES // (config.layer_pattern.count("M") * scan + config.layer_pattern.count("A") * cache)
         return min(512, 1 << max(rows, 8).bit_length() - 1)
 
-    def read(self, tokens, state, places, keep):
+    def read(self, rows, state, places, keep):
+        tokens, lengths = padded(rows, self.prefix_id, self.device)
         if state is not None or keep:
-            state = self.model.new_state() if state is None else [dict(layer) for layer in state]
-        hidden = self.hidden(to_device(tokens, self.device), state).flatten(0, 1)
+            state = self.model.going_on(state, lengths if keep else None)
+        hidden = self.hidden(tokens, state).flatten(0, 1)
         return hidden[to_device(places, self.device)], state if keep else None
 
     @torch.inference_mode()
@@ -155,27 +159,24 @@ class OwnModel(OwnText):
     def write(self, prompts, n_tokens, until):
         """[ids] after each prompt: of any lengths, but not of one token among longer ones."""
         state = None if len(prompts[0]) == 1 else prefill(self.model, [prompt[:-1] for prompt in prompts])[1]
-        return self.go_on([prompt[-1] for prompt in prompts], state, n_tokens, until)
-
-    def go_on(self, last, state, n_tokens, until):
-        """[ids] after each row's last token; rows that have ended are no longer read."""
-        written, rows = [[] for _ in last], list(range(len(last)))
-        while rows:
-            features, state = self.read([[last[row]] for row in rows], state, range(len(rows)), keep=True)
-            best = self.logits(features)[:, : self.tokenizer.vocab_size].argmax(-1).tolist()
-            for row, token in zip(rows, best, strict=True):
-                last[row] = token
+        self.decoder.start(state, room=max(n_tokens), n_rows=len(prompts))
+        tokens = to_device([prompt[-1] for prompt in prompts], self.device)
+        written, rows = [[] for _ in prompts], list(range(len(prompts)))
+        going = set(rows)
+        while going:
+            tokens = self.decoder.step(tokens)[:, : self.tokenizer.vocab_size].argmax(-1)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if row not in going:
+                    continue
                 if token != self.prefix_id:
                     written[row].append(token)
-            going = [
-                i for i, row in enumerate(rows)
-                if last[row] != self.prefix_id and len(written[row]) < n_tokens[row]
-                and not ends_with(self.decode, written[row], until)
-            ]  # fmt: skip
-            if len(going) < len(rows):
-                rows = [rows[i] for i in going]
-                if rows:
-                    state = self.take(state, going)
+                full = len(written[row]) >= n_tokens[row]
+                if token == self.prefix_id or full or ends_with(self.decode, written[row], until):
+                    going.remove(row)
+            if going and 2 * len(going) <= len(rows):  # a graph is of so many rows, and another takes time to record
+                keep = [i for i, row in enumerate(rows) if row in going]
+                self.decoder.take(keep)
+                rows, tokens = [rows[i] for i in keep], tokens[to_device(keep, self.device)]
         return written
 
 
@@ -253,7 +254,7 @@ class HFModel:
     shares is tried out: whether the model, given back what it kept of a beginning, predicts what it does of the whole.
     """
 
-    kind, batch_size = "transformers", BATCH_SIZE
+    kind, ragged, batch_size = "transformers", False, BATCH_SIZE
 
     def __init__(self, model, tokenizer, *, dtype="float32", name="model", sha256=None):
         self.name, self.sha256, self.dtype, self.tokenizer, self.model = name, sha256, dtype, tokenizer, model
@@ -288,10 +289,11 @@ class HFModel:
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def read(self, tokens, state, places, keep):
+    def read(self, rows, state, places, keep):
+        tokens, _ = padded(rows, self.prefix_id, self.device)
         kept = {self.cache_name: copy.deepcopy(state)}  # a model changes what it is given
         with self.scored_at(to_device(places, self.device)):
-            result = self.model(to_device(tokens, self.device), use_cache=keep or state is not None, **kept)
+            result = self.model(tokens, use_cache=keep or state is not None, **kept)
         return result.logits, getattr(result, self.cache_name, None) if keep else None
 
     def logits(self, features):

@@ -137,6 +137,17 @@ class HybridLM(nn.Module):
         """The decoding state before the first token: a dict a layer, filled by step; every tensor has b first."""
         return [{} for _ in self.layers]
 
+    def going_on(self, state=None, lengths=None):
+        """A state for `hidden` to change: `state` (None: before the first token) stays as it was.
+
+        lengths (b,): the tokens to come are so many in each row, and padding behind them; None: none is padded.
+        """
+        state = self.new_state() if state is None else [dict(layer) for layer in state]
+        if lengths is not None:
+            for layer in state:
+                layer["lengths"] = lengths
+        return state
+
     def take_rows(self, state, rows):
         """The state of these rows (indices), in this order; a row may come several times, to branch off it."""
         rows = torch.as_tensor(rows, device=self.embedding.weight.device)

@@ -175,7 +175,7 @@ class Scorer:
         ends = np.cumsum([len(targets) for _, targets in pieces], dtype=int)
         starts = [0, *ends[:-1].tolist()]
         nodes = build_tree(pieces, starts, self.model.shares)
-        jobs = list(cut_into_jobs(nodes, self.batch_size, self.max_positions, self.model.max_scored))
+        jobs = list(cut_into_jobs(nodes, self.batch_size, self.batches))
         trunks = {id(node): len(node.tokens) for job in jobs for node in job.trunk}
         self.forward_tokens += sum(trunks.values()) + sum(job.n_tokens for job in jobs)
         nats, greedy = np.zeros(ends[-1] if pieces else 0), np.zeros(ends[-1] if pieces else 0, bool)
@@ -186,6 +186,9 @@ class Scorer:
             greedy[job.slots] = np.unpackbits(bits, count=len(job.slots)).astype(bool)
         self._trunk = []
         return [(float(nats[a:b].sum()), bool(greedy[a:b].all())) for a, b in zip(starts, ends, strict=True)]
+
+    def batches(self, nodes):
+        return batches(nodes, self.batch_size, self.max_positions, self.model.max_scored, self.model.ragged)
 
     def run(self, jobs, do, what):
         """[do(job)()] of all jobs, each done by one process or found in the answers that are kept. All ranks.
@@ -278,15 +281,14 @@ class Scorer:
         inner = bool(nodes[0].children)
         if state is not None:
             state = self.model.take(state, rows)
-        tokens = pad([node.tokens for node in nodes], self.model.prefix_id)
-        length = len(tokens[0])
+        length = max(len(node.tokens) for node in nodes)
         asked = [
             (row * length + place, target, slot)
             for row, node in enumerate(nodes) for place, target, slot in node.scored
         ]  # fmt: skip
         asked = np.array(sorted(asked), int).reshape(-1, 3)
         places, at = np.unique(asked[:, 0], return_inverse=True)
-        features, state = self.model.read(tokens, state, places, keep=inner)
+        features, state = self.model.read([node.tokens for node in nodes], state, places, keep=inner)
         if len(places):
             found += self.look_up(features, at, *asked[:, 1:].T)
         del features
@@ -294,7 +296,7 @@ class Scorer:
             children = [(child, row) for row, node in enumerate(nodes) for child in node.children]
             row_of = {id(child): row for child, row in children}
             below = [child for child, _ in children]
-            for batch in batches(below, self.batch_size, self.max_positions, self.model.max_scored):
+            for batch in self.batches(below):
                 self.read(batch, state, [row_of[id(child)] for child in batch], found)
 
     def look_up(self, features, at, targets, slots):
@@ -445,8 +447,8 @@ def shared_length(a, b, least):
     return least
 
 
-def cut_into_jobs(nodes, batch_size, max_positions, max_scored, trunk=()):
-    """Yield the jobs that read all of nodes, once each.
+def cut_into_jobs(nodes, batch_size, into_batches, trunk=()):
+    """Yield the jobs that read all of nodes, once each. into_batches: see `batches`, of which it is one.
 
     A node with more texts below than a batch has rows becomes trunk: it is read alone, by every process that needs it.
     """
@@ -457,19 +459,24 @@ def cut_into_jobs(nodes, batch_size, max_positions, max_scored, trunk=()):
             continue
         if node.scored:
             small.append(Node(node.tokens, node.scored))
-        yield from cut_into_jobs(node.children, batch_size, max_positions, max_scored, (*trunk, node))
-    for batch in batches(small, batch_size, max_positions, max_scored):
+        yield from cut_into_jobs(node.children, batch_size, into_batches, (*trunk, node))
+    for batch in into_batches(small):
         yield Job(trunk, batch)
 
 
-def batches(nodes, batch_size, max_positions, max_scored):
-    """Yield the nodes in batches: leaves padded on the right, where a causal model does not see it.
+def batches(nodes, batch_size, max_positions, max_scored, ragged):
+    """Yield the nodes in batches, the longest first, with padding on the right, where a causal model does not see it.
 
-    Nodes that others go on from are batched by length, since padding would enter what the model keeps of them.
+    Nodes that others go on from stand apart, and only equally long ones together unless the model is ragged, since
+    padding would enter what it keeps of them.
     """
-    inner = sorted((node for node in nodes if node.children), key=lambda node: len(node.tokens))
-    leaves = sorted((node for node in nodes if not node.children), key=lambda node: -len(node.tokens))
-    for group in [list(same) for _, same in groupby(inner, key=lambda node: len(node.tokens))] + [leaves]:
+
+    def longest_first(part):
+        return sorted(part, key=lambda node: -len(node.tokens))
+
+    inner, leaves = longest_first(n for n in nodes if n.children), longest_first(n for n in nodes if not n.children)
+    alike = [inner] if ragged else [list(same) for _, same in groupby(inner, key=lambda node: len(node.tokens))]
+    for group in [*alike, leaves]:
         batch, n_scored, padding = [], 0, 0
         for node in group:
             length = len((batch or [node])[0].tokens)
@@ -484,9 +491,12 @@ def batches(nodes, batch_size, max_positions, max_scored):
             yield batch
 
 
-def pad(rows, filler):
-    length = max(map(len, rows))
-    return [row + [filler] * (length - len(row)) for row in rows]
+def padded(rows, filler, device):
+    """Rows of ids as one tensor (b, l) there, and their lengths (b,), None if they are all the same."""
+    lengths = [len(row) for row in rows]
+    length = max(lengths)
+    tokens = to_device([row + [filler] * (length - len(row)) for row in rows], device)
+    return tokens, None if min(lengths) == length else to_device(lengths, device)
 
 
 def to_device(numbers, device):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from model.choices import choose, mean_scores
-from model.scorer import MAX_POSITIONS, NotFinite, Scorer, to_device
+from model.scorer import MAX_POSITIONS, NotFinite, Scorer, padded, to_device
 from train.checkpoint import owned_pieces
 from train.trackers import LAUNCHER_VARIABLES, ROOT
 
@@ -107,7 +107,7 @@ class LiveModel:
     another whether they have something to read, and who has nothing reads a token for the others' sake.
     """
 
-    shares, max_scored = True, sys.maxsize
+    shares, ragged, max_scored = True, True, sys.maxsize
 
     def __init__(self, engine, plan, prefix_id, note):
         self.engine, self.prefix_id, self.note = engine, prefix_id, note
@@ -116,17 +116,18 @@ class LiveModel:
         self.together = engine.zero_optimization_stage() == 3 and dist.get_world_size() > 1
         self.head = master_of(engine, "embedding.weight" if plan.model.tied_embeddings else "head.weight")
 
-    def read(self, tokens, state, places, keep):
+    def read(self, rows, state, places, keep):
         if self.together:
             self.anyone_reads(True)
+        tokens, lengths = padded(rows, self.prefix_id, self.head.device)
         if state is not None or keep:
-            state = self.engine.module.new_state() if state is None else [dict(layer) for layer in state]
+            state = self.engine.module.going_on(state, lengths if keep else None)
         hidden = self.forward(tokens, state).flatten(0, 1)
         return hidden[to_device(places, hidden.device)], state if keep else None
 
     def forward(self, tokens, state):
         self.note()
-        return self.engine(to_device(tokens, self.head.device), state=state, head=False)
+        return self.engine(tokens, state=state, head=False)
 
     def logits(self, hidden):
         return F.linear(hidden.float(), self.head)
@@ -137,7 +138,7 @@ class LiveModel:
     @torch.no_grad()
     def wait_for_others(self):
         while self.together and self.anyone_reads(False):
-            self.forward([[self.prefix_id]], None)
+            self.forward(to_device([[self.prefix_id]], self.head.device), None)
 
     def anyone_reads(self, mine):
         readers = torch.tensor(float(mine), device=self.head.device)
