@@ -5,6 +5,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# ptxas 12.8, which Triton 3.6 takes for GPUs before Blackwell, has tensor cores read the wrong shared memory in some
+# kernels: in a walk of one chunk, or in float32 with p = n = 16. The 12.9 that it takes for Blackwell does not.
+if triton.knobs.nvidia.ptxas.version == "12.8":
+    triton.knobs.nvidia.ptxas = triton.knobs.nvidia.ptxas_blackwell.path
+
 
 def has_copy_engine(device):
     """Hopper and newer; the interpreter on the CPU plays it."""
