@@ -59,6 +59,8 @@ def load_model(spec, *, device, dtype=None, size=None):
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if size is not None and size not in PRESETS:
         raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # or every process would keep a context on the first GPU too
     path = Path(spec)
     if (path / MANIFEST).is_file():
         checkpoint = load_checkpoint(path)
