@@ -21,7 +21,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo curate plan verify inspect data-report bench-curation bench train eval eval-data eval-diff eval-sandbox sample export report watch estimate supervise drill test test-gpu check format clean
+.PHONY: help setup demo curate plan verify inspect data-report bench-curation bench bench-peers bench-planner train eval eval-data eval-diff eval-sandbox sample export report watch estimate supervise drill test test-gpu check format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -106,7 +106,13 @@ watch: setup  ## runs in the terminal, live, q leaves: make watch RUN=runs
 estimate: setup  ## what a run needs, takes and costs: make estimate SIZE=6.7B ESTIMATE_ARGS='--gpu h100 --gpus 16'
 	$(PY) launch/estimate.py --size $(SIZE) $(ESTIMATE_ARGS)
 
-bench: setup  ## measure training steps on this machine's GPU for the planner, and show all points beside it
+bench: setup  ## tokens/s, MFU, memory, start-up and kernels of a size: make bench SIZE=1.3B ARGS='--micro-batch 8'
+	$(PY) -m train.bench --size $(SIZE) --gpus $(PROCESSES) $(if $(findstring command,$(origin DATA)),--data $(DATA)) $(BENCH_ARGS) -- $(ARGS)
+
+bench-peers: setup  ## this network beside transformers' Bamba and mamba_ssm's LM of the same shape: make bench-peers SIZE=1.3B
+	$(PY) -m train.bench_peers $(if $(filter file,$(origin SIZE)),,--size $(SIZE)) $(BENCH_ARGS)
+
+bench-planner: setup  ## measure training steps on this machine's GPU for the planner, and show all points beside it
 	$(PY) -m launch.measure $(BENCH_ARGS)
 	$(PY) -m launch.check
 

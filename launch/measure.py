@@ -1,4 +1,4 @@
-"""Measure training steps on this machine's GPUs and add them to launch/measurements.json: what `make bench` runs.
+"""Measure training steps on this machine's GPUs and add them to launch/measurements.json: `make bench-planner`.
 
 python -m launch.measure                        # the points that fit, each in its own process: about eight minutes
 python -m launch.measure --gpus 2 --only zero3  # on two GPUs, those points whose name has it

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from model.layers import RMSNorm, SplitLinear
-from model.reference import rotary
+from model.layers import Linear, RMSNorm, SplitLinear
 
 YARN_FAST, YARN_SLOW = 32, 1  # turns within the original context: above, an angle is kept; below, it is interpolated
 
@@ -31,7 +30,7 @@ class Attention(nn.Module):
         self.in_proj = SplitLinear(config.d_model, widths)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.out_proj = Linear(config.d_model, config.d_model)
 
     def forward(self, x, packing=None, state=None):
         """state: {} before the first token; keeps "cache", a KVCache of the tokens so far."""
@@ -49,14 +48,14 @@ class Attention(nn.Module):
                 positions = torch.arange(x.shape[1], device=x.device)[None]
                 positions = positions if cache is None else cache.positions(positions)
             angles = rope_frequencies(config, x.device)
-            q, k = rotary(q, positions, *angles), rotary(k, positions, *angles)
+            q, k = (self.ops.rotary(t, positions, *angles) for t in (q, k))
         if cache is not None:
             state["cache"] = cache = cache.append(k, v)
             k, v, mask = cache.keys, cache.values, cache.mask(x.shape[1])
         slopes = alibi_slopes(config.n_heads, x.device) if config.positions == "alibi" else None
         y = self.ops.attention(q, k, v, mask, packing=packing, scale=config.attention_multiplier, slopes=slopes)
         y = rearrange(y, "b l h p -> b l (h p)")
-        return self.out_proj(y * gate[0].sigmoid() if gate else y)
+        return self.out_proj(self.ops.sigmoid_gate(y, *gate) if gate else y)
 
 
 class KVCache:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 POSITIONS = ("rope", "alibi", "none")  # rotary; a slope a head (ALiBi); nothing but the causal mask (NoPE)
 ROPE_SCALINGS = ("none", "linear", "ntk", "yarn")
+FP8_MULTIPLE = 16  # each dimension of a product in 8-bit floats is a multiple of it (model/fp8.py)
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 ROPE_OPTIONS = {"rope_theta", "rope_dim", "rope_scaling", "rope_factor"}
 ATTENTION_OPTIONS = ROPE_OPTIONS | {"positions", "attention_gate", "qk_norm", "attention_multiplier"}

@@ -4,38 +4,44 @@ model = HybridLM(PRESETS["nano"])
 loss = model(tokens, targets=targets, document_ids=document_ids)
 """
 
+from functools import partial
+from importlib import import_module
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention
-from model.layers import Packing, RMSNorm, SplitLinear, SwiGLU
+from model.layers import AddNorm, Packing, RMSNorm, SplitLinear, SwiGLU
 from model.mamba2 import Mamba2
 from model.ops import load_ops
+from model.reference import linear
 
 INIT_STD = 0.02  # GPT-2's; output projections are scaled down by the number of residual additions
 RECOMPUTE = ("none", "layer")
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) unless d_ff is 0."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) unless d_ff is 0; the norm that follows makes each addition."""
 
     def __init__(self, config, kind, ops):
         super().__init__()
-        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps, ops)
+        norm = partial(AddNorm, config.d_model, config.norm_eps, ops, config.residual_multiplier)
+        self.mixer_norm = norm()
         self.mixer = Attention(config, ops) if kind == "A" else Mamba2(config, ops)
-        self.residual_multiplier = config.residual_multiplier
         self.has_mlp = config.d_ff > 0
         if self.has_mlp:
-            self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, ops)
-            self.mlp = SwiGLU(config.d_model, config.d_ff)
+            self.mlp_norm = norm()
+            self.mlp = SwiGLU(config.d_model, config.d_ff, ops)
 
-    def forward(self, x, packing=None, state=None):
-        x = torch.add(x, self.mixer(self.mixer_norm(x), packing, state), alpha=self.residual_multiplier)
-        if not self.has_mlp:
-            return x
-        return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.residual_multiplier)
+    def forward(self, x, update=None, packing=None, state=None):
+        """The residual stream x and what the layer before is still to add to it; returns the same two for the next."""
+        x, y = self.mixer_norm(x, update)
+        update = self.mixer(y, packing, state)
+        if self.has_mlp:
+            x, y = self.mlp_norm(x, update)
+            update = self.mlp(y)
+        return x, update
 
 
 class HybridLM(nn.Module):
@@ -44,10 +50,11 @@ class HybridLM(nn.Module):
     kernels: "torch", "fused" or "auto" (model/ops.py); on a machine with a GPU, a network that is to run on its CPU
     needs "torch". recompute: "none", or "layer" to keep only each layer's input for the backward pass and run the
     layer again there: about a third more work, a fraction of the memory. z_loss: weight of the term that keeps the
-    softmax's denominator near 1, in training alone (reference.cross_entropy).
+    softmax's denominator near 1, in training alone (reference.cross_entropy). fp8: the layers' matrix products are in
+    8-bit floats in training (model/fp8.py), and `scales.end_step()` is called after each optimizer step.
     """
 
-    def __init__(self, config, kernels="auto", recompute="none", z_loss=0.0):
+    def __init__(self, config, kernels="auto", recompute="none", z_loss=0.0, fp8=False):
         super().__init__()
         if recompute not in RECOMPUTE:
             raise ValueError(f"--recompute {recompute!r} is unknown; choose one of {', '.join(RECOMPUTE)}")
@@ -55,9 +62,10 @@ class HybridLM(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_norm = RMSNorm(config.d_model, config.norm_eps, self.ops) if config.embedding_norm else None
         self.layers = nn.ModuleList(Layer(config, kind, self.ops) for kind in config.layer_pattern)
-        self.norm = RMSNorm(config.d_model, config.norm_eps, self.ops)
+        self.norm = AddNorm(config.d_model, config.norm_eps, self.ops, config.residual_multiplier)
         self.head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
+        self.scales = import_module("model.fp8").use_fp8(self) if fp8 else None
 
     @property
     def head_weight(self):
@@ -96,19 +104,22 @@ class HybridLM(nn.Module):
             x = self.embedding_norm(x)
         if config.embedding_multiplier != 1:
             x = x * config.embedding_multiplier
+        update = None
         for i, layer in enumerate(self.layers):
             if self.recompute == "layer" and torch.is_grad_enabled():
-                x = checkpoint(
-                    layer, x, packing, use_reentrant=False, preserve_rng_state=False
+                if update is not None:  # one tensor to keep, not two
+                    x = torch.add(x, update, alpha=config.residual_multiplier)
+                x, update = checkpoint(
+                    layer, x, None, packing, use_reentrant=False, preserve_rng_state=False
                 )  # no dropout to repeat
             else:
-                x = layer(x, packing, None if state is None else state[i])
-        x = self.norm(x)
+                x, update = layer(x, update, packing, None if state is None else state[i])
+        _, x = self.norm(x, update)
         return x if config.logits_scaling == 1 else x / config.logits_scaling
 
     def logits(self, hidden):
         """hidden (..., d) -> (..., vocab), in float32."""
-        return F.linear(hidden, self.head_weight).float()
+        return linear(hidden, self.head_weight).float()
 
     def forward(self, tokens, targets=None, document_ids=None):
         """Logits (b, l, vocab) in float32; with targets (b, l), the mean loss in nats over those that are not -100."""

@@ -1,10 +1,15 @@
-"""What both kinds of layer are made of: where documents lie, fused products, norm, SwiGLU."""
+"""What both kinds of layer are made of: where documents lie, products, norm, SwiGLU.
+
+A product's `fp8`, where model/fp8.py has set one, is how it runs in training.
+"""
 
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from model.reference import linear
 
 
 class Packing:
@@ -38,12 +43,28 @@ class Packing:
         return F.pad(begins, (0, 1), value=self.starts.numel()).int()
 
 
+class Linear(nn.Linear):
+    """A bias-free linear map."""
+
+    fp8 = None
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x):
+        if self.fp8 and self.training and self.fp8.takes(x):
+            return self.fp8(x, [self.weight])
+        return linear(x, self.weight)
+
+
 class SplitLinear(nn.Module):
     """Several bias-free linear maps of one input as one product.
 
     Each keeps a weight of its own, (out, d_in), so that an optimizer that works on whole matrices sees the matrices
     that the mathematics has (queries and keys, B and C ...). Returns the outputs in the order of `widths`.
     """
+
+    fp8 = None
 
     def __init__(self, d_in, widths):
         super().__init__()
@@ -52,9 +73,14 @@ class SplitLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(width, d_in)))
 
     def forward(self, x, split=None):
-        """split: other widths to return the outputs in, where neighbours are to stay together."""
-        weight = torch.cat([getattr(self, name) for name in self.widths])
-        return F.linear(x, weight).split(split or list(self.widths.values()), dim=-1)
+        """split: other widths to return the outputs in, where neighbours are to stay together; (): all as they lie."""
+        weights = [getattr(self, name) for name in self.widths]
+        if split is None:
+            split = tuple(self.widths.values())
+        if self.fp8 and self.training and self.fp8.takes(x):
+            return self.fp8(x, weights, split)
+        product = linear(x, torch.cat(weights))
+        return product.split(split, dim=-1) if split else product
 
 
 class RMSNorm(nn.Module):
@@ -67,14 +93,30 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), arXiv:2002.05202."""
+class AddNorm(RMSNorm):
+    """The norm in front of a mixer, a SwiGLU or the head: it first adds what the one before wrote to the stream."""
 
-    def __init__(self, d_model, d_ff):
+    def __init__(self, d, eps, ops, multiplier):
+        super().__init__(d, eps, ops)
+        self.multiplier = multiplier
+
+    def forward(self, x, update):
+        """x + multiplier * update, and its norm. update None: nothing was written yet."""
+        return self.ops.add_rms_norm(x, update, self.weight, self.eps, self.multiplier)
+
+
+class SwiGLU(nn.Module):
+    """out_proj(silu(gate(x)) * up(x)), arXiv:2002.05202."""
+
+    fp8 = None
+
+    def __init__(self, d_model, d_ff, ops):
         super().__init__()
+        self.ops = ops
         self.in_proj = SplitLinear(d_model, {"gate": d_ff, "up": d_ff})
-        self.out_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.out_proj = Linear(d_ff, d_model)
 
     def forward(self, x):
-        gate, up = self.in_proj(x)
-        return self.out_proj(F.silu(gate) * up)
+        if self.fp8 and self.training and self.fp8.takes(x):
+            return self.fp8(x, self.in_proj.gate, self.in_proj.up, self.out_proj.weight)
+        return self.out_proj(self.ops.swiglu(self.in_proj(x, split=())))

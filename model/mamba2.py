@@ -3,11 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
-from model.layers import SplitLinear
+from model.layers import Linear, SplitLinear
 
 DT_MIN, DT_MAX = 0.001, 0.1  # step sizes at the start, as in Mamba (arXiv:2312.00752, section 3.6)
 A_MIN, A_MAX = 1.0, 16.0  # decay rates at the start, as in Mamba-2
@@ -28,7 +26,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.empty(config.n_mamba_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.n_mamba_heads))
         self.norm_weight = nn.Parameter(torch.empty(config.d_inner))
-        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+        self.out_proj = Linear(config.d_inner, config.d_model)
 
     @torch.no_grad()
     def init_scan(self):
@@ -45,21 +43,12 @@ class Mamba2(nn.Module):
     def forward(self, u, packing=None, state=None):
         """state: {} before the first token; keeps "conv" (b, d_conv - 1, channels) and "ssm" (b, heads, n, p)."""
         config = self.config
-        document_ids = None if packing is None else packing.document_ids
-        before = state or {"conv": None, "ssm": None}
-        z, xBC, dt = self.in_proj(u, split=[config.d_inner, config.d_conv_channels, config.n_mamba_heads])
-        xBC, conv = self.ops.causal_conv1d(xBC, self.conv1d_weight, self.conv1d_bias, document_ids, before["conv"])
-        bc = config.n_groups * config.d_state
-        x, B, C = xBC.split([config.d_inner, bc, bc], dim=-1)
-        x = rearrange(x, "b l (h p) -> b l h p", p=config.mamba_head_dim)
-        B, C = (rearrange(t, "b l (g n) -> b l g n", g=config.n_groups) for t in (B, C))
-        dt = F.softplus(dt.float() + self.dt_bias.float())
-        A = -self.A_log.float().exp()
-        if u.shape[1] == 1:
-            y, ssm = self.ops.ssd_recurrence(x, dt, A, B, C, self.D, document_ids, before["ssm"])
-        else:
-            y, ssm = self.ops.ssd(x, dt, A, B, C, self.D, config.chunk_size, document_ids, before["ssm"])
+        state_before = state or {"conv": None, "ssm": None}
+        y, conv, ssm = self.ops.mixer(
+            self.in_proj(u, split=()), self.conv1d_weight, self.conv1d_bias, self.A_log, self.D, self.dt_bias,
+            self.norm_weight, config.n_groups, config.chunk_size, config.norm_eps,
+            None if packing is None else packing.document_ids, state_before["conv"], state_before["ssm"],
+        )  # fmt: skip
         if state is not None:
-            state.update(conv=conv, ssm=ssm)
-        y = rearrange(y, "b l h p -> b l (h p)")
-        return self.out_proj(self.ops.gated_rms_norm(y, z, self.norm_weight, config.n_groups, config.norm_eps))
+            state.update(conv=conv.clone(), ssm=ssm)  # not a part of in_proj's product, which it would keep whole
+        return self.out_proj(y)

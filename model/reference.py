@@ -10,6 +10,35 @@ import torch.nn.functional as F
 from einops import rearrange
 
 IGNORED_TARGET = -100  # a target that cross_entropy leaves out
+# PyTorch gives float32 products on a CPU to MKL, which leaves the wider half of an AMD processor's vector units idle;
+# oneDNN, which PyTorch has with it, uses them (BENCHMARKS.md).
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x, weight):
+    """x (..., k) times weight^T, (n, k): (..., n)."""
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if ONEDNN and on_cpu and x.numel() > x.shape[-1] and not torch.compiler.is_compiling():
+        return OneDNNLinear.apply(x, weight)
+    return F.linear(x, weight)
+
+
+class OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _onednn_product(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = _onednn_product(dy, weight.T) if ctx.needs_input_grad[0] else None
+        return dx, _onednn_product(rows.T, x.reshape(-1, x.shape[-1]).T) if ctx.needs_input_grad[1] else None
+
+
+def _onednn_product(x, weight):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def causal_conv1d(x, weight, bias, document_ids=None, initial_state=None):
@@ -114,9 +143,41 @@ def ssd_recurrence(x, dt, A, B, C, D, document_ids=None, initial_state=None):
     return torch.stack(ys, dim=1).to(x.dtype), state
 
 
+def mixer(
+    zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, n_groups, chunk_size, eps,
+    document_ids=None, conv_state=None, ssm_state=None,
+):  # fmt: skip
+    """What lies between the two projections of a Mamba-2 mixer: convolution, scan and gated norm.
+
+    zxbcdt (b, l, 2 d_inner + 2 g n + h): z, x, B, C and dt side by side. Weights: of the convolution (d_inner + 2 g n,
+    w) and as many biases; A_log, D, dt_bias (h,); of the norm (d_inner,). The states are those of `causal_conv1d` and
+    `ssd`. Returns y (b, l, d_inner) and both states after it.
+    """
+    d_inner, channels, h = norm_weight.numel(), conv_weight.shape[0], A_log.numel()
+    z, xBC, dt = zxbcdt.split([d_inner, channels, h], dim=-1)
+    xBC, conv_state = causal_conv1d(xBC, conv_weight, conv_bias, document_ids, conv_state)
+    x, B, C = xBC.split([d_inner, (channels - d_inner) // 2, (channels - d_inner) // 2], dim=-1)
+    x = rearrange(x, "b l (h p) -> b l h p", h=h)
+    B, C = (rearrange(t, "b l (g n) -> b l g n", g=n_groups) for t in (B, C))
+    dt = F.softplus(dt.float() + dt_bias.float())
+    A = -A_log.float().exp()
+    if zxbcdt.shape[1] == 1:
+        y, ssm_state = ssd_recurrence(x, dt, A, B, C, D, document_ids, ssm_state)
+    else:
+        y, ssm_state = ssd(x, dt, A, B, C, D, chunk_size, document_ids, ssm_state)
+    y = rearrange(y, "b l h p -> b l (h p)")
+    return gated_rms_norm(y, z, norm_weight, n_groups, eps), conv_state, ssm_state
+
+
 def rms_norm(x, weight, eps):
     """x / rms(x) * weight over the last dimension, in float32 (arXiv:1910.07467). Returns x's dtype."""
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def add_rms_norm(x, update, weight, eps, multiplier=1.0):
+    """x + multiplier * update (x alone if update is None), in x's dtype, and the rms_norm of that."""
+    total = x if update is None else torch.add(x, update, alpha=multiplier)
+    return total, rms_norm(total, weight, eps)
 
 
 def gated_rms_norm(x, z, weight, n_groups, eps):
@@ -139,6 +200,17 @@ def rotary(x, positions, frequencies, magnitude=1.0):
     cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def swiglu(gate_up):
+    """silu(gate) * up (arXiv:2002.05202), for gate and up side by side: (..., 2 f) -> (..., f)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def sigmoid_gate(x, gate):
+    """x * sigmoid(gate), of one shape."""
+    return x * gate.sigmoid()
 
 
 def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
@@ -173,7 +245,7 @@ def cross_entropy(hidden, weight, targets, z_loss=0.0):
     square of log Z is added, Z being the softmax's denominator, to keep log Z near 0 (PaLM, arXiv:2204.02311,
     section 5).
     """
-    logits = F.linear(hidden, weight).float()
+    logits = linear(hidden, weight).float()
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET)
     if z_loss:
         counts = targets != IGNORED_TARGET

@@ -6,13 +6,13 @@ reference.ssd, L_kq = exp(cum_q - cum_k) for k <= q, and S (p, n) the state that
 
     y_q = sum_k L_kq (B_k C_q) dt_k x_k + in_q S C_q + D x_q        S' = whole S + sum_k out_k dt_k x_k B_k^T
 
-_states_kernel walks each head's blocks from the last to the first with dS, the gradient of S, in registers:
+_scan_backward_states_kernel walks each head's blocks from the last to the first with dS, the gradient of S, in registers:
     dS = whole dS' + sum_q in_q dy_q C_q^T
-_blocks_kernel takes a block of all heads that share B and C, so that x, dy, S and dS' come from memory once:
+_scan_backward_blocks_kernel takes a block of all heads that share B and C, so that x, dy, S and dS' come from memory once:
     dx_k = dt_k (sum_q L_kq (B_k C_q) dy_q + out_k dS' B_k) + D dy_k
     dB_k = sum_q G_kq C_q + sum_h out_k dt_k dS'^T x_k        with G_kq = sum_h L_kq dt_k (x_k dy_q)
     dC_q = sum_k G_kq B_k + sum_h in_q S^T dy_q
-_decays_kernel gathers the gradient of each log decay. What passes through the decay at t: pairs k < t <= q, the
+_scan_backward_decays_kernel gathers the gradient of each log decay. What passes through the decay at t: pairs k < t <= q, the
 entering state on its way to q >= t, tokens k < t on their way to the leaving state, and the state that crosses the
 block. The pairs are sums over rows less sums over columns of one float32 tile, added up from the document's end.
 """
@@ -72,20 +72,20 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
         entering_in, dstates_in = (split(t.flatten(0, 1), launch.block_p, block_n) for t in (entering, dstates))
         (steps_in, _), cum_in = (split(t.view(b, h, -1, block), 1, block) for t in (steps, cum))
         narrow = launch.states_block_n
-        _states_kernel[(b * h * triton.cdiv(n, narrow), tiles_p)](
+        _scan_backward_states_kernel[(b * h * triton.cdiv(n, narrow), tiles_p)](
             *dy_in, *split(C.transpose(1, 2), block, narrow), *cum_in,
             *split(dstates.flatten(0, 1), launch.block_p, narrow), dlast, cum, document_ids, dinitial,
             l, h, n_blocks, padded_l, h // g, BLOCK_N=narrow, LAST=dlast is not None, STAGES=launch.states_stages,
             num_warps=launch.states_warps, **settings, **products,
         )  # fmt: skip
-        _blocks_kernel[(2 * b * n_blocks, g, launch.splits)](
+        _scan_backward_blocks_kernel[(2 * b * n_blocks, g, launch.splits)](
             *x_in, *dy_in, *B_in, *C_in, *entering_in, *dstates_in, steps_in, *cum_in, *dx_out,
             steps, cum, D, document_ids, dBs, dCs, own, sums, reached, kept,
             l, h, n_blocks, padded_l, h // g, h // g // launch.splits, *dBs.stride()[:4], *dCs.stride()[:4],
             BLOCK_N=block_n, STAGES=launch.stages, num_warps=launch.warps, **settings, **products,
         )  # fmt: skip
         block_h = min(16, triton.next_power_of_2(h))
-        _decays_kernel[(b * n_blocks, triton.cdiv(h, block_h))](
+        _scan_backward_decays_kernel[(b * n_blocks, triton.cdiv(h, block_h))](
             sums, reached, kept, own, steps, cum, document_ids, dlog, dsteps, dD,
             l, h, g, n_blocks, padded_l, TILES=tiles_p, BLOCK_H=block_h, **settings,
         )  # fmt: skip
@@ -153,7 +153,7 @@ def _add(a, b, other_a, other_b):
 
 
 @triton.jit
-def _states_kernel(
+def _scan_backward_states_kernel(
     dy_in, dy_strides, C_in, C_strides, cum_in, cum_strides, dstates_out, dstates_strides,
     dlast_ptr, cum_ptr, ids_ptr, dinitial_ptr, l, h, n_blocks, padded_l, heads_of_group,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -199,7 +199,7 @@ def _states_kernel(
 
 
 @triton.jit
-def _blocks_kernel(
+def _scan_backward_blocks_kernel(
     x_in, x_strides, dy_in, dy_strides, B_in, B_strides, C_in, C_strides, entering_in, entering_strides,
     dstates_in, dstates_strides, steps_in, cum_in, cum_strides, dx_out, dx_strides,
     steps_ptr, cum_ptr, D_ptr, ids_ptr, dB_ptr, dC_ptr,
@@ -349,7 +349,7 @@ def _join(begins_a, sum_a, begins_b, sum_b):
 
 
 @triton.jit
-def _decays_kernel(
+def _scan_backward_decays_kernel(
     sums_ptr, reached_ptr, kept_ptr, own_ptr, steps_ptr, cum_ptr, ids_ptr, dlog_ptr, dsteps_ptr, dD_ptr,
     l, h, g, n_blocks, padded_l, TILES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
     PACKED: tl.constexpr,

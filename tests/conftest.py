@@ -14,6 +14,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.getoption("--gpu"):
         os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which other tests' packages do too
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,17 @@
-"""Import before any kernel: Triton then runs them on the CPU, one program after another. Skips where it is missing."""
-
-import os
+"""Import before any kernel: Triton runs them on the CPU (conftest.py sees to it). Skips where that cannot be."""
 
 import numpy as np
 import pytest
+import torch
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-
+if torch.cuda.is_available():
+    pytest.skip("with a GPU, tests/test_gpu.py runs the kernels", allow_module_level=True)
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 patch_lang_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
 
 
 def patch_and_read_scalars(tensor, scope):
-    """Triton 3.6 takes int() of an array of one number, which NumPy 2.4 refuses."""
+    """numpy 2.4 reads no number from an array of one dimension, as Triton's range() asks it to."""
     patch_lang_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 

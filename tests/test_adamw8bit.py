@@ -4,9 +4,10 @@ import pytest
 import torch
 from launching import launch
 
+from train.checkpoint import Piece
 from train.config import TrainConfig
 from train.engine import complete_ds_config
-from train.optim import BLOCK, EightBit, check_optimizer
+from train.optim import BLOCK, EightBit, block_runs, check_optimizer
 
 # as bitsandbytes' levels: uneven, finer towards zero, with a zero, and with ends of exactly -1 (or above 0) and 1
 FINE = torch.logspace(-6, 0, 128, dtype=torch.float64).float()
@@ -40,6 +41,28 @@ def test_a_part_is_unpacked_as_in_the_whole():
     assert torch.equal(packed.unpack(300, 900), packed.unpack(0, 1000)[300:900])
     error = (packed.unpack(0, 1000) - values).abs() / values.abs().view(-1, 8).amax()
     assert error.max() < 0.06  # half the widest step of these levels, 10 ** (6 / 127) - 1
+
+
+def test_blocks_are_counted_from_the_start_of_a_matrix_wherever_a_process_begins():
+    """Two matrices of 1,000 and 600 on one process, and cut at element 700 of them: the same but for the block cut."""
+    values = torch.randn(1600, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 1600)
+
+    def pieces(*places):  # (start in its matrix, length)
+        offsets = [sum(length for _, length in places[:i]) for i in range(len(places))]
+        return [Piece("x", start, n, None, offset, None) for (start, n), offset in zip(places, offsets, strict=True)]
+
+    def rounded(values, *places):
+        packed = EightBit(len(values), SIGNED, block_runs(pieces(*places)))
+        packed.pack(values)
+        return packed.unpack(0, len(values))
+
+    whole = rounded(values, (0, 1000), (0, 600))
+    for i, matrix in enumerate(values.split([1000, 600])):
+        assert torch.equal(whole.split([1000, 600])[i], rounded(matrix, (0, len(matrix))))
+    cut = torch.cat([rounded(values[:700], (0, 700)), rounded(values[700:], (700, 300), (0, 600))])
+    same = cut == whole
+    assert same[:512].all() and same[768:].all()
+    assert not same[512:768].all()
 
 
 def test_a_machine_without_a_gpu_is_told_before_anything_starts(data, tmp_path):

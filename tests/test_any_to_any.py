@@ -1,7 +1,7 @@
 """A run goes on from any layout in any other: number of processes, ZeRO stage, micro-batch, accumulation, optimizer.
 
 Same layout: the same losses bit for bit for 20 steps. Another: the same samples in each step, losses within 1e-5, in
-float32. 8-bit moments are rounded once more in another layout, so that theirs come within 1e-3 (5.5e-4 here).
+float32. Of 8-bit moments only the blocks that a boundary between processes cuts are rounded once more (6e-6 here).
 """
 
 import json
@@ -12,8 +12,8 @@ import pytest
 from launching import ROOT, free_port
 from layouts import LAYOUTS, SAVED, STEPS
 
-OPTIMIZERS = {"adamw": 1e-5, "muon": 1e-5, "adamw8bit": 1e-3}
-OF_PROCESSES = {2: list(OPTIMIZERS), 1: list(OPTIMIZERS), 4: ["adamw"]}  # Muon on four: test_muon.py
+OPTIMIZERS = ["adamw", "muon", "adamw8bit"]
+OF_PROCESSES = {2: OPTIMIZERS, 1: OPTIMIZERS, 4: ["adamw"]}  # Muon on four: test_muon.py
 
 
 def start(processes, data, out, *earlier):
@@ -53,4 +53,4 @@ def test_another_layout_has_the_same_samples_and_losses(found, optimizer):
             rows = found[processes][optimizer][f"stage {stage}, micro-batch {micro_batch}"]
             assert [samples for _, samples in rows] == [samples for _, samples in expected]
             for (loss, _), (expected_loss, _) in zip(rows, expected, strict=True):
-                assert abs(loss - expected_loss) < OPTIMIZERS[optimizer], (processes, stage, micro_batch)
+                assert abs(loss - expected_loss) < 1e-5, (processes, stage, micro_batch)

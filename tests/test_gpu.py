@@ -10,15 +10,17 @@ Uninitialised memory is filled with NaN (torch's deterministic mode), so that a 
 import math
 import os
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
-from model import reference
+from model import fp8, reference
 from model.config import ModelConfig
 from model.hybrid import HybridLM
 from model.layers import Packing
 from model.ops import load_ops
+from train.checkpoint import Piece
 from train.optim import AdamW8bit
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: products repeat themselves
@@ -28,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # deterministic mode warns of each operation that has no such form
 ]
 
-LENGTHS = [1, 2, 63, 64, 65, 255, 256, 257, 1000]  # around 64 and the chunk of 256
+LENGTHS = [1, 2, 63, 64, 65, 255, 256, 257, 1000]  # around multiples of 64, a chunk of the scan
 STARTS = [[0, 5, 64, 70, 256, 300, 511, 700], [0, 63, 65, 255, 257, 768]]  # of documents, on and off chunk edges
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2e-2}
@@ -136,6 +138,14 @@ def test_scan_equals_its_twin(fused, deterministic, l, dtype, packed, g):
     assert_same(*without_start, inputs[:-1], dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p, n", [(16, 16), (128, 48), (48, 256)])
+def test_scan_of_other_widths_equals_its_twin(fused, deterministic, p, n, dtype):
+    ids = Packing(document_ids(257)).document_ids
+    scans = [lambda *t, ops=ops: ops.ssd(*t[:6], 256, ids, t[6]) for ops in (fused, reference)]
+    assert_same(*scans, [*scan_inputs(257, 2, p=p, n=n), draw(2, 4, n, p, seed=5)], dtype)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("l", LENGTHS)
@@ -155,9 +165,60 @@ def test_norms_equal_their_twins(fused, deterministic, l, dtype):
         draw(*size, dtype=torch.bfloat16, seed=i) for i, size in enumerate([(2, l, 256), (2, l, 256), (256,)])
     )
     assert_twins(fused, "rms_norm", [x, weight], dtype, eps=1e-5)
+    assert_twins(fused, "add_rms_norm", [x, z, weight], dtype, eps=1e-5, multiplier=0.5)
     assert_twins(fused, "rms_norm", [x.unflatten(-1, (4, 64)), weight[:64]], dtype, eps=1e-5)  # a norm of each head
     for g in (1, 2):
         assert_twins(fused, "gated_rms_norm", [x, z, weight], dtype, n_groups=g, eps=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_gates_equal_their_twins(fused, deterministic, l, dtype):
+    wide, x = draw(2, l, 2 * 1400, dtype=torch.bfloat16), draw(2, l, 1000, dtype=torch.bfloat16, seed=1)
+    assert_twins(fused, "swiglu", [wide], dtype)
+    on_a_slice = [lambda x, wide, ops=ops: ops.sigmoid_gate(x, wide[..., -1000:]) for ops in (fused, reference)]
+    assert_same(*on_a_slice, [x, wide], dtype)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l", LENGTHS)
+def test_rotation_equals_its_twin(fused, deterministic, l, dtype, packed):
+    product = draw(2, l, 128 + 6 * 128, dtype=torch.bfloat16)
+    far = torch.arange(l, device="cuda")[None] + 130_000  # enough for a cosine's slow path
+    positions = Packing(document_ids(l)).positions if packed else far
+    frequencies = 10000.0 ** (-torch.arange(0, 128, 2, device="cuda") / 128)
+
+    def turned(ops):
+        return lambda t: ops.rotary(t[..., 128:].unflatten(-1, (6, 128)), positions, frequencies, 1.1)
+
+    assert_same(turned(fused), turned(reference), [product], dtype)
+
+
+@pytest.mark.parametrize("g", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("l", LENGTHS)
+def test_mixer_equals_its_twin(fused, deterministic, l, packed, g, h=4, p=64, n=128):
+    ids = Packing(document_ids(l)).document_ids if packed else None
+    d_inner, channels = h * p, h * p + 2 * g * n
+    sizes = [(2, l, d_inner + channels + h), (channels, 4), (channels,), (h,), (h,), (h,), (d_inner,)]
+    inputs = [draw(*size, seed=i) for i, size in enumerate(sizes)]
+    mixers = [lambda *t, ops=ops: ops.mixer(*t, g, 256, 1e-5, ids)[0] for ops in (fused, reference)]
+    assert_same(*mixers, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("l", LENGTHS[1:])
+def test_mixer_is_its_parts(fused, deterministic, monkeypatch, l, packed):
+    ids = Packing(document_ids(l)).document_ids if packed else None
+    sizes = [(2, l, 256 + 512 + 4), (512, 4), (512,), (4,), (4,), (4,), (256,)]
+    inputs = [draw(*size, dtype=torch.bfloat16, seed=i) for i, size in enumerate(sizes)]
+    whole = results(lambda *t: fused.mixer(*t, 1, 256, 1e-5, ids)[0], inputs, torch.bfloat16)
+    for name in ("causal_conv1d", "ssd", "gated_rms_norm"):
+        monkeypatch.setattr(reference, name, getattr(fused, name))
+    parts = results(lambda *t: reference.mixer(*t, 1, 256, 1e-5, ids)[0], inputs, torch.bfloat16)
+    for got, want in zip(whole, parts, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -195,7 +256,8 @@ def test_cross_entropy_never_holds_the_logits(fused):
     assert torch.cuda.max_memory_allocated() - before < logits / 4
 
 
-def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit():
+@pytest.mark.parametrize("begins", [0, 700])  # within its matrix, whose blocks may be cut
+def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit(begins):
     pytest.importorskip("bitsandbytes")
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
     start = draw(100_003)  # no whole number of blocks, as ZeRO's pieces may be
@@ -209,7 +271,9 @@ def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit():
     def eight_bit(weight):
         small = torch.nn.Parameter(torch.zeros(1, device="cuda"))
         groups = ({"params": [p], "weight_decay": 0.1, "lr": 1e-2} for p in (weight, small))
-        return AdamW8bit(*groups, **settings)
+        optimizer = AdamW8bit(*groups, **settings)
+        optimizer.shard([weight], [Piece("weight", begins, weight.numel(), weight, 0, weight.shape)])
+        return optimizer
 
     plain, packed = (torch.nn.Parameter(start.clone()) for _ in range(2))
     optimize(plain, torch.optim.AdamW([plain], weight_decay=0.1, **settings), 0, 10)
@@ -225,6 +289,106 @@ def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit():
     optimize(packed, optimizer, 10, 15)
     optimize(again, resumed, 10, 15)
     assert torch.equal(packed, again)
+
+
+# ---- 8-bit floats
+
+with_fp8 = pytest.mark.skipif(bool(fp8.why_not_fp8()), reason=str(fp8.why_not_fp8()))
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def on_kernels_and_twin(name, make):
+    """{what is written: (the kernel's, the twin's)}; make() gives what is written to and the other arguments."""
+    results = []
+    for kernels in ("model.fp8_kernels", "model.fp8_reference"):
+        written, others = make()
+        getattr(import_module(kernels), name)(**written, **others)
+        results.append(written)
+    return {key: (results[0][key], results[1][key]) for key in results[0]}
+
+
+def filled(*shape, dtype):
+    return torch.zeros(shape, dtype=torch.uint8, device="cuda").view(dtype)
+
+
+def bits(x):
+    return x.contiguous().view(torch.uint8)
+
+
+@with_fp8
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wanted", [E4M3, E5M2])
+@pytest.mark.parametrize("shape", [(16, 16), (2000, 8512), (4096, 64)])
+def test_cast_to_8_bits_equals_its_twin(shape, wanted, dtype):
+    n, m = shape
+    x = draw(n, m + 16, dtype=dtype, scale=60.0)[:, 16:]  # rows at a stride
+    x[3, 5], x[4, 4], x[5, 6] = -1e9, 0, 1e-6
+    if n > 16:
+        x[20, 8], x[21, 9], x[22, 10] = torch.nan, torch.inf, -torch.inf
+
+    def make():
+        out, turned = filled(n, m + 32, dtype=wanted)[:, 16:-16], filled(m + 16, n, dtype=wanted)[16:]
+        return {"out": out, "turned": turned, "seen": draw(1)[0] * 0}, {"x": x, "scale": draw(1)[0] * 0 + 2}
+
+    found = on_kernels_and_twin("cast", make)
+    for key in ("out", "turned"):
+        got, want = found[key]
+        nan = want.float().isnan()
+        assert torch.equal(got.float().isnan(), nan)
+        assert torch.equal(bits(got)[~nan], bits(want)[~nan])
+    assert torch.equal(*found["seen"])
+
+
+@with_fp8
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 16), (2000, 4608), (144, 272)])
+def test_swiglu_in_8_bits_equals_its_twin(shape, dtype):
+    n, f = shape
+    gate_up, dh = draw(n, 2 * f, dtype=dtype, scale=3.0), draw(n, f, dtype=dtype, seed=1)
+    gate_up[2, 3], gate_up[2, f + 3] = -200.0, 30.0
+    scale, zero = draw(1)[0] * 0 + 8, draw(1)[0] * 0
+
+    def forward():
+        return {"out": filled(n, f, dtype=E4M3), "seen": zero.clone()}, {"gate_up": gate_up, "scale": scale}
+
+    def backward():
+        turned = {"h_turned": filled(f, n, dtype=E4M3), "turned": filled(2 * f, n, dtype=E5M2)}
+        written = turned | {"out": filled(n, 2 * f, dtype=E5M2), "seen": zero.clone()}
+        return written, {"dh": dh, "gate_up": gate_up, "h_scale": scale, "scale": scale * 64}
+
+    there, back = on_kernels_and_twin("swiglu", forward), on_kernels_and_twin("swiglu_backward", backward)
+    for got, want in (*there.values(), *back.values()):
+        # where the sigmoid's last bit differs, a value may round the other way
+        assert got.dim() == 0 or (got.float() != want.float()).float().mean() < 0.01
+        torch.testing.assert_close(got.float(), want.float(), rtol=0.26, atol=1e-3)
+    assert torch.equal(bits(back["h_turned"][0]).t(), bits(there["out"][0]))
+    assert torch.equal(bits(back["out"][0]).t(), bits(back["turned"][0]))
+
+
+@with_fp8
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("steps", [0, fp8.CURRENT_STEPS])
+def test_model_in_8_bits_equals_itself_on_the_twins(fused, deterministic, monkeypatch, steps, recompute):
+    results = []
+    for twin in (False, True):
+        if twin:
+            monkeypatch.setattr(fp8, "kernels_for", lambda x: import_module("model.fp8_reference"))
+            monkeypatch.setattr(
+                fp8, "multiply",
+                lambda a, b, one, other, dtype, fast: ((a.float() @ b.float().t()) * (one * other)).to(dtype),
+            )  # fmt: skip
+        model = make_model("fused", recompute=recompute)  # float32, or the rounding to bfloat16 would hide the rest
+        model.scales = fp8.use_fp8(model)
+        for _ in range(2):
+            gradients = run(model, tokens(), document_ids(1000), tokens(1))
+            model.scales.end_step()
+            model.scales.steps = max(model.scales.steps, steps)
+        results.append(gradients)
+    plain = run(make_model("fused", torch.bfloat16), tokens(), document_ids(1000), tokens(1))
+    for got, want, without in zip(*results, plain, strict=True):
+        assert (got - want).norm() <= 0.5 * (
+            got - without
+        ).norm() + 1e-6  # rounded alike, but for sums in another order
 
 
 # ---- checkpoints

@@ -37,7 +37,7 @@ def bytes_kept(module, x):
 
 def test_swiglu_keeps_what_is_counted():
     model = replace(get_preset("nano"), d_model=64, d_ff=96)
-    tokens, mlp = 40, SwiGLU(64, 96).bfloat16()
+    tokens, mlp = 40, SwiGLU(64, 96, reference).bfloat16()
     x = torch.randn(1, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
     kept, _ = bytes_kept(mlp, x)
     per_token, joined = saved_by_mlp(model)

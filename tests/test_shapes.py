@@ -430,7 +430,8 @@ def test_zero_start_makes_every_layer_the_identity_and_still_learns():
     model = build(shaped(zero_init_output=True, embedding_norm=True))
     x = torch.randn(1, 9, SHAPE.d_model)
     for layer in model.layers:
-        assert torch.equal(layer(x), x)
+        stream, update = layer(x)
+        assert torch.equal(stream + update, x)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for _ in range(2):  # the first step moves the output projections, the second all that is before them
         optimizer.zero_grad()

@@ -38,7 +38,7 @@ from model.weights import (
     write_manifest,
     write_pieces,
 )
-from train.optim import EightBit, Muon, is_muon
+from train.optim import AdamW8bit, EightBit, Muon, is_muon
 from train.run_dir import best_checkpoint, note_best, put_aside, remove_folder
 
 HOST_BLOCK = 1 << 24  # elements: 64 MiB; pinned memory comes in powers of two, so one large buffer could waste half
@@ -121,11 +121,15 @@ def moments(optimizer, piece):
     return MOMENTS["muon" if isinstance(optimizer, Muon) and is_muon(piece.name, piece.shape) else "adamw"]
 
 
-def tell_muon(engine):
-    """Tell the optimizer, if it is Muon, which matrices its flat parameters hold. All ranks call it, once."""
-    optimizer, stage = torch_optimizer(engine), engine.zero_optimization_stage()
-    if isinstance(optimizer, Muon) and stage:
+def tell_optimizer(engine):
+    """Tell an optimizer that asks for it which matrices its flat parameters hold. All ranks call it, once."""
+    optimizer = torch_optimizer(engine)
+    if not engine.zero_optimization_stage():  # its parameters are the matrices themselves
+        return
+    if isinstance(optimizer, Muon):
         optimizer.shard(flat_parameters(engine), owned_pieces(engine), engine.device)
+    elif isinstance(optimizer, AdamW8bit):
+        optimizer.shard(flat_parameters(engine), owned_pieces(engine))
 
 
 def written_pieces(engine):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args
 
-from model.config import ModelConfig, get_preset
+from model.config import FP8_MULTIPLE, ModelConfig, get_preset
 from train.memory import largest_micro_batch
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
@@ -61,8 +61,10 @@ class TrainConfig:
     seed: int = option(1234, least=0, help="of the first weights and of the order of the data")
     ds_config: str | None = option(None, help="a DeepSpeed JSON (default: ds_configs/zero2.json, or cpu.json where there is no GPU)")
     kernels: str = option("auto", help="which operations run: fused (mamba-ssm, causal-conv1d), torch (PyTorch alone), or auto: fused where its packages and a GPU are present")
+    fp8: bool = option(False, help="the layers' matrix products in 8-bit floats, forward and backward (model/fp8.py); weights, optimizer and everything else as without. Needs a GPU that has them (Hopper, Ada, Blackwell); without a GPU they are worked out in float32, slowly")
     recompute: str = option("none", help="layer: keep only each layer's input for the backward pass and run the layer again there (less memory, more work); none: keep everything")
     save_every: int = option(1000, least=0, help="steps between checkpoints; 0 saves only at the end")
+    save: bool = option(True, help="write checkpoints; --no-save leaves none, not even at the end, for runs that only measure")
     keep: int = option(5, least=0, help="checkpoints to keep, and the one of lowest held-out loss beside them; older ones are deleted; 0 keeps all")
     eval_every: int = option(500, least=0, help="steps between measurements of the held-out loss; 0 leaves them out")
     eval_tokens: int = option(1_000_000, least=0, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
@@ -73,6 +75,7 @@ class TrainConfig:
     resume: bool = option(False, help="go on from the run's newest whole checkpoint")
     verify_data: bool = option(True, help="compare the sha256 of every shard with the manifest before training")
     norms_every: int = option(10, least=0, help="steps between measurements of the gradient's norm by part of the network; 0 leaves them out")
+    profile_steps: str | None = option(None, help="FIRST:LAST, such as 10:12: record these steps of rank 0, kernel by kernel, in profile/ of the run's folder, and say where their time went (default: none)")
     wandb: str | None = option(None, help="send what metrics.jsonl says to Weights & Biases, to the project of this name; WANDB_MODE=offline keeps it in the run's folder (default: do not)")
     tensorboard: bool = option(False, help="write what metrics.jsonl says for TensorBoard, to tensorboard/ in the run's folder")
     clearml: str | None = option(None, help="send what metrics.jsonl says to ClearML, to the project of this name; CLEARML_OFFLINE_MODE=1 keeps it on this machine (default: do not)")
@@ -179,6 +182,7 @@ class Plan:
     decay_steps: int | None = None  # of the wsd schedule's end; None: cosine
     wsd_shape: str | None = None  # one of WSD_SHAPES; None: the first
     muon_lr: float | None = None  # peak; None: AdamW alone
+    profile_steps: tuple[int, int] | None = None  # the first and the last to record
 
 
 def make_plan(config, *, vocab_size, n_tokens, world_size, zero=None, gpu_memory_gib=None):
@@ -222,6 +226,11 @@ def make_plan(config, *, vocab_size, n_tokens, world_size, zero=None, gpu_memory
             model, batch_tokens=batch_tokens, world_size=world_size, zero=zero, recompute=config.recompute,
             optimizer=config.optimizer, memory_gib=gpu_memory_gib,
         )  # fmt: skip
+    if config.fp8 and micro_batch * model.seq_len % FP8_MULTIPLE:
+        raise ValueError(
+            f"--fp8 needs micro-batches of a multiple of {FP8_MULTIPLE} tokens, not {micro_batch} x {model.seq_len}: in others no "
+            "product would be in 8 bits"
+        )
     per_round = world_size * micro_batch * model.seq_len
     if batch_tokens % per_round:
         lower = max(batch_tokens // per_round, 1) * per_round
@@ -244,10 +253,11 @@ def make_plan(config, *, vocab_size, n_tokens, world_size, zero=None, gpu_memory
         raise ValueError(
             f"--decay-steps {decay_steps} and --warmup-steps {warmup_steps} are more than the {steps} steps of the run"
         )
+    last_step = min(steps, config.stop_after or steps)
     return Plan(
         model=model,
         steps=steps,
-        last_step=min(steps, config.stop_after or steps),
+        last_step=last_step,
         batch_sequences=batch_sequences,
         micro_batch=micro_batch,
         grad_accum=batch_tokens // per_round,
@@ -257,7 +267,18 @@ def make_plan(config, *, vocab_size, n_tokens, world_size, zero=None, gpu_memory
         decay_steps=decay_steps,
         wsd_shape=config.wsd_shape,
         muon_lr=muon_lr,
+        profile_steps=_profile_steps(config.profile_steps, last_step),
     )
+
+
+def _profile_steps(text, last_step):
+    """(10, 12) of "10:12"; None of None. Raises ValueError for what is no range of the run's steps."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= last_step):
+        raise ValueError(f"--profile-steps {text!r} is not FIRST:LAST within the run's steps, 1 to {last_step}")
+    return int(first), int(last)
 
 
 def _one_of(name, value, allowed):

@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from model.hybrid import HybridLM
-from train.checkpoint import tell_muon, torch_optimizer
+from train.checkpoint import tell_optimizer, torch_optimizer
 from train.optim import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,19 +197,29 @@ def complete_ds_config(settings, plan, config, world_size=1):
     }
 
 
+def make_network(shape, config, device):
+    """The HybridLM of a run on a device, with random weights that are drawn there.
+
+    Drawn on the CPU, the weights of 6.7B would take most of a minute, on every rank.
+    """
+    torch.manual_seed(config.seed)
+    with torch.device(device):
+        return HybridLM(
+            shape, kernels=config.kernels, recompute=config.recompute, z_loss=config.z_loss, fp8=config.fp8
+        )
+
+
 def make_engine(plan, config, ds_config, weights=None, guard=None):
     """A DeepSpeed engine around a HybridLM. All ranks call it, after the process group is up.
 
     weights: {parameter name: float32 tensor} to start from, or None for random ones from config.seed.
     guard: a train.guard.Guard that keeps the optimizer from steps that must not be taken, or None.
     """
-    torch.manual_seed(config.seed)
-    model = HybridLM(plan.model, kernels=config.kernels, recompute=config.recompute, z_loss=config.z_loss)
+    model = make_network(plan.model, config, deepspeed.get_accelerator().current_device_name())
     if weights is not None:
         model.load_state_dict(weights)
-    model.to(deepspeed.get_accelerator().current_device_name())
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, config), config=ds_config)
-    tell_muon(engine)
+    tell_optimizer(engine)
     if guard:
         guard.protect(torch_optimizer(engine), engine.optimizer)
     if engine.zero_optimization_stage() == 0:

@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from model.fp8 import why_not_fp8
 from model.ops import load_ops
 from train.checkpoint import newest_whole, open_weights, restore_optimizer
 from train.config import make_plan
@@ -22,6 +23,7 @@ from train.metrics import Metrics
 from train.norms import GradientNorms
 from train.optim import check_optimizer
 from train.processes import Stop, start_processes, tell
+from train.profiler import Profiler
 from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, describe, remove_unfinished, write_json
 from train.saves import Saves, go_back
 from train.schedule import learning_rate
@@ -29,6 +31,7 @@ from train.stragglers import Clock, Stragglers
 from train.trackers import check_trackers
 from train.training_data import open_training_data
 from train.validate import heldout_loss
+from train.warm_up import warm_up
 from train.watchdog import Watchdog
 
 
@@ -66,6 +69,8 @@ def train(config, origins=None, explain_for=None):
     check_optimizer(config)
     check_trackers(config)
     ops = load_ops(config.kernels)  # here already, so that missing kernels stop the run before a GPU is taken
+    if config.fp8 and (lack := why_not_fp8()):
+        raise ValueError(f"--fp8 cannot run: {lack}; leave it out")
     record = describe(config, plan, ds_config, world_size, data.sha256) | {"kernels": ops.__name__, "origins": origins}
     run_dir = RunDir(Path(config.run))
     check_new_or_resumed(run_dir, config.resume, record)
@@ -96,8 +101,13 @@ def train(config, origins=None, explain_for=None):
             metrics.say(line)
 
     watchdog = Watchdog(rank, world_size, config.timeout_minutes * 60, run_dir.stacks(rank), metrics)
-    with watchdog:
+    with watchdog, Profiler(plan, run_dir, metrics) as profiler:
+        warm_up(plan, config, ds_config, device, metrics)
         engine, guard, norms = ready(plan, config, ds_config, checkpoint, initial)
+        if metrics and config.fp8:
+            scales = engine.module.scales
+            how = "" if torch.cuda.is_available() else ", worked out in float32: there is no GPU here"
+            metrics.say(f"fp8: {scales.n_products} of the layers' {scales.n_all} matrix products are in 8 bits{how}")
         saves = Saves(engine, run_dir, config.keep, data.tokenizer_file, metrics)
         passed = checkpoint.run.get("passed_over", 0) if checkpoint else 0  # steps of data that no weight has seen
         batches = data.batches(plan, rank, world_size, step + passed + 1, device, checkpoint)
@@ -105,6 +115,7 @@ def train(config, origins=None, explain_for=None):
         forward, waiting, stragglers, returns = Clock(), Clock(), Stragglers(), Counter()
         while step < plan.last_step:
             step += 1
+            profiler.begin(step)
             began = time.perf_counter()
             set_learning_rate(engine, learning_rate(step, plan), plan)
             if norms:
@@ -126,6 +137,8 @@ def train(config, origins=None, explain_for=None):
                     guard.loss = told.loss
                     watchdog.note(step, "optimizer")
                 engine.step()  # steps the optimizer after the last of them, if the guard lets it
+            if config.fp8:
+                engine.module.scales.end_step()
             grad_norm = float(engine.get_global_grad_norm())
             skipped = guard.note(grad_norm)
             last = step == plan.last_step or bool(told.stop)
@@ -151,11 +164,13 @@ def train(config, origins=None, explain_for=None):
                     metrics.event("slow_rank", step, f"{watchdog.name(slow)} is slow: {why}", rank=slow)
             if saves.pending and told.written:
                 saves.finish()
-            if last or (config.save_every and step % config.save_every == 0):
+            if config.save and (last or (config.save_every and step % config.save_every == 0)):
                 watchdog.note(step, "save")
                 state = {"guard": guard.state(), "skipped_steps": guard.skipped_steps, "passed_over": passed}
+                if config.fp8:
+                    state["fp8"] = engine.module.scales.state()
                 saves.begin(step, step * batch_tokens, record | data.state() | state, row.get("heldout_loss"))
-            if last:
+            if last and config.save:
                 saves.finish(must=True)
             if told.stop:
                 break
@@ -172,10 +187,11 @@ def train(config, origins=None, explain_for=None):
         kind, word = ("finished", "finished") if step == plan.steps else ("stop", "stopped")
         metrics.event(kind, step, f"{word} at step {step:,}")
         metrics.close()
-        print(f"checkpoint: {run_dir.checkpoint(step)}")
+        print(f"checkpoint: {run_dir.checkpoint(step) if config.save else 'none (--no-save)'}")
     dist.destroy_process_group()
     if step < plan.last_step:
-        raise Stopped(f"stopped at step {step} of {plan.last_step}; go on with --resume", told.stop)
+        how = "go on with --resume" if config.save else "nothing is saved (--no-save)"
+        raise Stopped(f"stopped at step {step} of {plan.last_step}; {how}", told.stop)
 
 
 def ready(plan, config, ds_config, checkpoint, initial):
@@ -187,6 +203,8 @@ def ready(plan, config, ds_config, checkpoint, initial):
     engine = make_engine(plan, config, ds_config, weights=weights.tensors() if weights else None, guard=guard)
     if checkpoint:
         restore_optimizer(engine, checkpoint)
+        if config.fp8:
+            engine.module.scales.load(checkpoint.run["fp8"])
     return engine, guard, GradientNorms(engine, config.norms_every, config.clip) if config.norms_every else None
 
 

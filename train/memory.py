@@ -11,7 +11,7 @@ section 3, with float32 gradients; the rest is read from the code, and no consta
 from dataclasses import dataclass
 
 GIB = 2**30
-CHUNK_TOKENS = 4096  # rows of logits at a time, model/fused.py
+CHUNK_TOKENS = 4096  # rows of logits at a time, model/cross_entropy.py
 CUBLAS_BYTES = 2 * 33 * 2**20  # a workspace of 32 MiB and some for each thread that multiplies: forward and backward
 # Beyond what PyTorch allocates: CUDA's context and loaded kernels; NCCL's buffers with more than one process; and what
 # the allocator reserves in vain. 0.7 GiB of 2.7 on `laptop_8gb` (BENCHMARKS.md) is the one measurement; 3 % assumed.

@@ -47,10 +47,10 @@ class Metrics:
         )  # fmt: skip
         self.gpus = GpuReadings()
         self.flops_per_token = plan.model.flops_per_token
-        self.peak_flops = self._peak_flops(world_size, record)
+        self.peak_flops = self._peak_flops(world_size, config, record)
         self.trackers = start_trackers(run_dir, config, first_step)
 
-    def _peak_flops(self, world_size, record):
+    def _peak_flops(self, world_size, config, record):
         """Floating-point operations a second of all GPUs together; None, and a line why, where there is no MFU."""
         if not torch.cuda.is_available():
             return None
@@ -65,7 +65,8 @@ class Metrics:
         peak = gpu.dense_tflops["bf16"]
         self.say(
             f"MFU: tokens/s x {self.flops_per_token / 1e9:.4g} GFLOP a token, forward and backward (model/config.py) "
-            f"/ ({world_size} x {peak:g} TFLOP/s, the dense bf16 peak of {name})"
+            f"/ ({world_size} x {peak:g} TFLOP/s, the dense bf16 peak of {name}"
+            + ("; of that peak with --fp8, too)" if config.fp8 else ")")
         )
         return world_size * peak * 1e12
 

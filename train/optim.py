@@ -13,7 +13,7 @@ its states. torchao's keeps moments of a length that is no multiple of 256, as Z
 
 from collections import Counter
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -181,6 +181,12 @@ class AdamW8bit(torch.optim.Optimizer):
         betas, eps = adamw_settings["betas"], adamw_settings["eps"]
         matrices = {**matrices, "bits": 8, "betas": betas, "eps": eps}
         super().__init__([matrices, *self.adamw.param_groups], {"lr": 0.0})
+        self.runs = {}  # flat parameter -> list of Run; of a parameter that is not listed, one of all of it
+
+    def shard(self, flats, pieces):
+        """Say which matrices the flat parameters hold, as Muon.shard takes them: blocks are counted from a matrix's
+        start, so that another number of processes has the same blocks, but for those that a boundary cuts."""
+        self.runs = {flat: block_runs([piece for piece in pieces if piece.flat is flat]) for flat in flats}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -196,18 +202,17 @@ class AdamW8bit(torch.optim.Optimizer):
     def _step_8bit(self, weight, group):
         from bitsandbytes.functional import optimizer_update_8bit_blockwise  # installed where it is used
 
-        state = self.state[weight]
+        state, runs = self.state[weight], self.runs.get(weight, [Run(0, weight.numel(), 0)])
         state["step"] = step = int(state.get("step", 0)) + 1
         for kind, signed in (("exp_avg", True), ("exp_avg_sq", False)):
             if not isinstance(state.get(kind), EightBit):  # the first step, or the first after a resume: in float32
                 values = state.pop(kind, None)
-                state[kind] = EightBit(weight.numel(), levels(signed, weight.device))
+                state[kind] = EightBit(weight.numel(), levels(signed, weight.device), runs)
                 if values is not None:
                     state[kind].pack(values.view(-1))
         first, second = state["exp_avg"], state["exp_avg_sq"]
         flat, grad = weight.view(-1), weight.grad.view(-1)
-        for start in range(0, len(flat), STRETCH):
-            part, blocks = slice(start, start + STRETCH), slice(start // BLOCK, (start + STRETCH) // BLOCK)
+        for part, blocks in stretches(runs):
             optimizer_update_8bit_blockwise(
                 "adam", grad[part], flat[part], first.codes[part], second.codes[part], *group["betas"], 0.0, 0.0,
                 group["eps"], step, group["lr"], first.levels, second.levels, first.scales[blocks],
@@ -215,33 +220,77 @@ class AdamW8bit(torch.optim.Optimizer):
             )  # fmt: skip
 
 
+class Run(NamedTuple):
+    """Elements start to stop of a flat row, in blocks of 256 from `start` on; the first has the number `block`."""
+
+    start: int
+    stop: int
+    block: int
+
+    @property
+    def n_blocks(self):
+        return -(-(self.stop - self.start) // BLOCK)
+
+
+def block_runs(pieces):
+    """The runs of a flat parameter that holds these pieces (train.checkpoint.Piece): blocks begin where they do in
+    the whole parameters. Neighbours whose blocks follow one another are one run."""
+    runs: list[Run] = []
+    for piece in sorted(pieces, key=lambda piece: piece.offset):
+        begin, end = piece.offset, piece.offset + piece.numel
+        middle = begin + min(-piece.start % BLOCK, piece.numel)  # end of a block that begins before the piece
+        for start, stop in ((begin, middle), (middle, end)):
+            last = runs[-1] if runs else Run(0, 0, 0)
+            if start == stop:
+                continue
+            if runs and last.stop == start and not (start - last.start) % BLOCK:
+                runs[-1] = last._replace(stop=stop)
+            else:
+                runs.append(Run(start, stop, last.block + last.n_blocks))
+    return runs
+
+
+def stretches(runs):
+    """Yield (slice of elements, slice of blocks) of at most STRETCH elements."""
+    for run in runs:
+        for start in range(run.start, run.stop, STRETCH):
+            stop, block = min(start + STRETCH, run.stop), run.block + (start - run.start) // BLOCK
+            yield slice(start, stop), slice(block, block - (start - stop) // BLOCK)
+
+
 class EightBit:
     """A flat row of numbers in 8 bits each: the nearest of 256 levels, times the largest of its block of 256.
 
     Levels end at 1, and at -1 or above 0, so that the largest number of a block is kept exactly: what is unpacked and
-    packed again, in the same blocks, is the same bit for bit.
+    packed again, in the same blocks, is the same bit for bit. What no run covers is padding, and 0.
     """
 
-    def __init__(self, n, levels):
+    def __init__(self, n, levels, runs=None):
         self.levels = levels  # (256,), rising
+        self.runs = [Run(0, n, 0)] if runs is None else runs
         self.codes = torch.zeros(n, dtype=torch.uint8, device=levels.device)
-        self.scales = torch.zeros(-(-n // BLOCK), device=levels.device)
+        self.scales = torch.zeros(sum(run.n_blocks for run in self.runs), device=levels.device)
 
     def pack(self, values):
         """values (n,), float32"""
         middles = (self.levels[1:] + self.levels[:-1]) / 2
-        for start in range(0, len(values), STRETCH):
-            part = values[start : start + STRETCH]
+        for where, numbers in stretches(self.runs):
+            part = values[where]
             blocks = F.pad(part, (0, -len(part) % BLOCK)).view(-1, BLOCK)
             scales = blocks.abs().amax(dim=1)
             codes = torch.bucketize(blocks / scales[:, None], middles, out_int32=True)  # of a block of zeros any code
-            self.codes[start : start + STRETCH] = codes.view(-1)[: len(part)]
-            self.scales[start // BLOCK : (start + STRETCH) // BLOCK] = scales
+            self.codes[where] = codes.view(-1)[: len(part)].to(torch.uint8)
+            self.scales[numbers] = scales
 
     def unpack(self, start, stop):
         """The numbers from start to stop, float32."""
-        blocks = torch.arange(start, stop, device=self.codes.device) // BLOCK
-        return self.levels[self.codes[start:stop].int()] * self.scales[blocks]
+        values = torch.zeros(stop - start, device=self.codes.device)
+        for run in self.runs:
+            first, last = max(start, run.start), min(stop, run.stop)
+            if first < last:
+                blocks = run.block + torch.arange(first - run.start, last - run.start, device=values.device) // BLOCK
+                values[first - start : last - start] = self.levels[self.codes[first:last].int()] * self.scales[blocks]
+        return values
 
 
 def levels(signed, device):

@@ -4,6 +4,7 @@ runs/demo/
     config.json                     the resolved configuration, written before step 1
     metrics.jsonl, metrics.csv      one object, and one row, a step
     events.jsonl                    what happened beside the steps: starts, resumes, saves, skipped steps, hangs
+    profile/                        what --profile-steps recorded (train/profiler.py)
     log/rank00000.stacks.txt        where each process stood when the run hung
     checkpoints/step_0000400/       see train/checkpoint.py
     best.json                       which of them has the lowest held-out loss
@@ -38,7 +39,8 @@ MAY_CHANGE = frozenset({
     "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.timeout_minutes",
     "run.skip_sigma", "run.rollback_after",
     "run.preset", "run.kernels", "run.recompute", "run.norms_every", "run.wandb", "run.tensorboard", "run.clearml",
-    "plan.last_step", "plan.micro_batch", "plan.grad_accum",
+    "run.save", "run.profile_steps",
+    "plan.last_step", "plan.micro_batch", "plan.grad_accum", "plan.profile_steps",
 })  # fmt: skip
 # A run that was started before ModelConfig or TrainConfig had a field was of that field's default.
 LATER_FIELDS = {f"model.{f.name}": f.default for f in fields(ModelConfig) if f.default is not MISSING}

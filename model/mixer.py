@@ -1,0 +1,161 @@
+"""What lies between the two projections of a Mamba-2 mixer, as one operation on the kernels of convolution.py,
+scan.py, scan_backward.py and gated_norm.py.
+
+Every kernel reads its inputs where in_proj left them and writes their gradients side by side into one tensor, so that
+nothing is cut apart or put together again. The backward pass works the convolution's output out anew.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from model.convolution import conv_backward, conv_forward, last_inputs, sigmoid
+from model.gated_norm import in_rows, norm_backward, norm_forward
+from model.scan import BACKWARD_CHUNK, decays, entering_states, scan
+from model.scan_backward import scan_backward
+
+BLOCK_T = 64  # rows of a program
+
+
+@torch.compiler.disable
+def mixer(
+    zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, n_groups, chunk_size, eps,
+    document_ids=None, conv_state=None, ssm_state=None,
+):  # fmt: skip
+    """See model/reference.py. chunk_size has no effect: the kernels have their own. No gradient passes the states."""
+    y, ssm_state = Mixer.apply(
+        zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, n_groups, eps,
+        document_ids, conv_state, ssm_state,
+    )  # fmt: skip
+    _, xBC, _ = zxbcdt.detach().split(widths(conv_weight, A_log, norm_weight), dim=-1)
+    return y, last_inputs(xBC, conv_state, conv_weight.shape[1]), ssm_state
+
+
+class Mixer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, n_groups, eps,
+        document_ids, conv_state, ssm_state,
+    ):  # fmt: skip
+        z, xBC, dt = zxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
+        fed = conv_forward(xBC, conv_weight, conv_bias, document_ids, conv_state)
+        x, B, C = by_head(fed, A_log, norm_weight, n_groups)
+        dt, A = rates(dt, dt_bias, A_log)
+        y, last = scan(x, dt, A, B, C, D.float(), document_ids, ssm_state)
+        y = y.flatten(2)
+        normed, scales = norm_forward(y, z, norm_weight, n_groups, eps)
+        weights = conv_weight, conv_bias, A_log, D, dt_bias, norm_weight
+        ctx.save_for_backward(zxbcdt, *weights, y, scales, document_ids, conv_state, ssm_state)
+        ctx.mark_non_differentiable(last)
+        return normed, last
+
+    @staticmethod
+    def backward(ctx, dnormed, _):
+        zxbcdt, *weights, y, scales, document_ids, conv_state, ssm_state = ctx.saved_tensors
+        conv_weight, conv_bias, A_log, D, dt_bias, norm_weight = weights
+        n_groups = scales.shape[-1]
+        dzxbcdt = torch.empty(zxbcdt.shape, device=zxbcdt.device, dtype=zxbcdt.dtype)
+        z, xBC, dt_before = zxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
+        dz, dxBC, ddt_before = dzxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
+        dy, _, dnorm_weight = norm_backward(dnormed, y, z, norm_weight, scales, dz=dz)
+
+        fed = conv_forward(xBC, conv_weight, conv_bias, document_ids, conv_state)
+        dfed = torch.empty_like(fed)
+        x, B, C = by_head(fed, A_log, norm_weight, n_groups)
+        dx, dB, dC = by_head(dfed, A_log, norm_weight, n_groups)
+        dt, A = rates(dt_before, dt_bias, A_log)
+        steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
+        entering = entering_states(x, B, steps, cum, document_ids, ssm_state)
+        _, dlog, dsteps, _, _, dD, _ = scan_backward(
+            dy.view(x.shape), None, x, steps, cum, A, B, C, D.float(), document_ids, entering, dx, dB, dC
+        )
+        _, dconv_weight, dconv_bias, _ = conv_backward(
+            dfed, xBC, conv_weight, conv_bias, document_ids, conv_state, dx=dxBC
+        )
+        ddt_bias, dA_log = rates_backward(dlog, dsteps, dt_before, dt_bias, A_log, ddt_before)
+        gradients = dconv_weight, dconv_bias, dA_log, dD, ddt_bias, dnorm_weight
+        gradients = [gradient.to(weight.dtype) for gradient, weight in zip(gradients, weights, strict=True)]
+        return dzxbcdt, *gradients, None, None, None, None, None
+
+
+def widths(conv_weight, A_log, norm_weight):
+    """Columns of z, of x, B and C, and of dt."""
+    return [norm_weight.numel(), conv_weight.shape[0], A_log.numel()]
+
+
+def by_head(xBC, A_log, norm_weight, n_groups):
+    """x (b, l, h, p), B and C (b, l, g, n), as they lie in xBC."""
+    bc = (xBC.shape[-1] - norm_weight.numel()) // 2
+    parts = xBC.split([norm_weight.numel(), bc, bc], dim=-1)
+    return [part.unflatten(-1, (n, -1)) for part, n in zip(parts, (A_log.numel(), n_groups, n_groups), strict=True)]
+
+
+def rates(dt, dt_bias, A_log):
+    """Step sizes softplus(dt + dt_bias), (b, l, h), and decay rates -exp(A_log), (h,), in float32."""
+    b, l, h = dt.shape
+    dt = in_rows(dt)
+    steps = torch.empty(b, l, h, device=dt.device, dtype=torch.float32)
+    A = torch.empty(h, device=dt.device, dtype=torch.float32)
+    with torch.cuda.device_of(dt):
+        _scan_rates_kernel[(triton.cdiv(b * l, BLOCK_T),)](
+            dt, dt_bias, A_log, steps, A, b * l, h, dt.stride(0), BLOCK_T, triton.next_power_of_2(h)
+        )
+    return steps, A
+
+
+def rates_backward(dlog, dsteps, dt, dt_bias, A_log, ddt):
+    """Gradients of dt_bias and A_log, from those of step size * rate and of the step size alone, (b, l, h).
+
+    ddt (b, l, h): where that of dt goes.
+    """
+    (b, l, h), programs = dt.shape, triton.cdiv(dt.shape[:2].numel(), BLOCK_T)
+    dt, ddt = in_rows(dt), ddt.flatten(0, 1)
+    sums = torch.empty(programs, 2, h, device=dt.device, dtype=torch.float32)
+    with torch.cuda.device_of(dt):
+        _scan_rates_backward_kernel[(programs,)](
+            dlog, dsteps, dt, dt_bias, A_log, ddt, sums, b * l, h, dt.stride(0), ddt.stride(0),
+            BLOCK_T, triton.next_power_of_2(h),
+        )  # fmt: skip
+    return sums.sum(0).unbind(0)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), to float32's rounding for small results too."""
+    small = tl.exp(-tl.abs(x))
+    sum = 1.0 + small
+    rounded = tl.maximum(sum - 1.0, 1e-9)  # what of `small` the sum has kept
+    return tl.maximum(x, 0.0) + tl.where(sum == 1.0, small, tl.log(sum) * (small / rounded))
+
+
+@triton.jit
+def _scan_rates_kernel(
+    dt_ptr, bias_ptr, A_log_ptr, steps_ptr, A_ptr, n, h, stride, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    t, heads = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_H)
+    mask = (t < n) & (heads < h)
+    dt = tl.load(dt_ptr + t * stride + heads, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + heads, mask=heads < h, other=0.0).to(tl.float32)
+    tl.store(steps_ptr + t * h + heads, _softplus(dt + bias), mask=mask)
+    if tl.program_id(0) == 0:
+        A_log = tl.load(A_log_ptr + heads, mask=heads < h, other=0.0).to(tl.float32)
+        tl.store(A_ptr + heads, -tl.exp(A_log), mask=heads < h)
+
+
+@triton.jit
+def _scan_rates_backward_kernel(
+    dlog_ptr, dsteps_ptr, dt_ptr, bias_ptr, A_log_ptr, ddt_ptr, sums_ptr, n, h, stride, ddt_stride,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    t, heads = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_H)
+    mask = (t < n) & (heads < h)
+    dlog = tl.load(dlog_ptr + t * h + heads, mask=mask, other=0.0)
+    dsteps = tl.load(dsteps_ptr + t * h + heads, mask=mask, other=0.0)
+    dt = tl.load(dt_ptr + t * stride + heads, mask=mask, other=0.0).to(tl.float32)
+    dt += tl.load(bias_ptr + heads, mask=heads < h, other=0.0).to(tl.float32)
+    A = -tl.exp(tl.load(A_log_ptr + heads, mask=heads < h, other=0.0).to(tl.float32))
+    ddt = (dlog * A + dsteps) * sigmoid(dt)
+    tl.store(ddt_ptr + t * ddt_stride + heads, ddt, mask=mask)
+    sums_ptr += tl.program_id(0) * 2 * h + heads
+    tl.store(sums_ptr, tl.sum(ddt, axis=0), mask=heads < h)
+    tl.store(sums_ptr + h, tl.sum(dlog * _softplus(dt), axis=0) * A, mask=heads < h)
