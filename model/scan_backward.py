@@ -135,7 +135,8 @@ def plan(b, l, h, p, g, n, chunk, dtype, device):
     while states_block_n > 16 and b * h * triton.cdiv(p, block_p) * n // states_block_n < 2 * PROGRAMS:
         states_block_n //= 2
     states_stages = 3 if dtype.itemsize == 2 else 2
-    return Launch(block, block_p, warps, stages, splits, states_block_n, 4, states_stages, has_copy_engine(device))
+    copies = has_copy_engine(device) and l > block  # a row of one block has nothing to fetch ahead
+    return Launch(block, block_p, warps, stages, splits, states_block_n, 4, states_stages, copies)
 
 
 @triton.jit

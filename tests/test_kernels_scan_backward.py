@@ -177,7 +177,7 @@ def test_decay_gradients_that_cancel_are_exact_in_float32():
 
 
 def test_pointers_give_what_the_copy_engine_gives(monkeypatch):
-    inputs = make(l=40, h=2)
+    inputs = make(l=70, h=2)
     want = backward(inputs, 64)
     monkeypatch.setattr("model.scan_backward.has_copy_engine", lambda device: False)
     for one, other in zip(backward(inputs, 64), want, strict=True):
