@@ -9,9 +9,9 @@ from small_run import make_data, make_model, make_run, make_text
 
 from curation.tokenizer import load_tokenizer
 from eval.models import HFModel, OwnModel, load_model
-from eval.scorer import Scorer, build_tree, cut_into_jobs, owners
 from model.export import export
 from model.generate import generate
+from model.scorer import Scorer, batches, build_tree, cut_into_jobs, owners
 from model.weights import load_checkpoint
 
 LAYERS = {"hybrid": "MAM", "attention": "AA", "mamba": "MM"}
@@ -106,7 +106,11 @@ def test_tree_holds_every_score_once_and_no_stretch_twice():
         longest = [text for text in texts if not any(text == other[: len(text)] for other in texts - {text})]
         assert n_tokens < 0.6 * sum(map(len, longest)) if share else n_tokens == sum(map(len, longest))
         for batch_size in (1, 4):
-            slots = [slot for job in cut_into_jobs(nodes, batch_size, 64, 64) for slot in job.slots]
+            slots = [
+                slot
+                for job in cut_into_jobs(nodes, batch_size, lambda part: batches(part, batch_size, 64, 64, True))
+                for slot in job.slots
+            ]
             assert sorted(slots) == list(range(len(found)))
 
 
@@ -120,7 +124,9 @@ def test_a_stretch_is_read_once_only_where_that_pays():
 
 def test_jobs_are_the_same_however_many_processes_share_them():
     pieces = [([1, 2, 3, 4, 5, i, i], [9]) for i in range(40)]
-    jobs = list(cut_into_jobs(build_tree(pieces, list(range(40)), True), 3, 1000, 1000))
+    jobs = list(
+        cut_into_jobs(build_tree(pieces, list(range(40)), True), 3, lambda part: batches(part, 3, 1000, 1000, True))
+    )
     assert len(jobs) == 14 and all(job.trunk for job in jobs)
     assert len({job.sha256 for job in jobs}) == 14
     for n_ranks in (1, 2, 3, 20):
@@ -177,7 +183,8 @@ def test_the_head_is_in_float32_under_a_bfloat16_network(tokenizer):
     model = own_model(tokenizer)
     head = model.model.head_weight.detach().clone()
     half = OwnModel(model.model, tokenizer, dtype="bfloat16")
-    logits, _ = half.read([[1, 2, 3]], None, ([0, 0], [1, 2]), keep=False)
+    features, _ = half.read([[1, 2, 3]], None, [1, 2], keep=False)
+    logits = half.logits(features)
     assert logits.dtype == torch.float32 and logits.shape == (2, 384)
     hidden = half.model.hidden(torch.tensor([[1, 2, 3]]))
     assert hidden.dtype == torch.bfloat16

@@ -68,6 +68,9 @@ class TrainConfig:
     keep: int = option(5, least=0, help="checkpoints to keep, and the one of lowest held-out loss beside them; older ones are deleted; 0 keeps all")
     eval_every: int = option(500, least=0, help="steps between measurements of the held-out loss; 0 leaves them out")
     eval_tokens: int = option(1_000_000, least=0, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
+    eval_data: str | None = option(None, help="a folder of benchmark files (make eval-data), or hub: some of their questions are asked with every measurement (default: the held-out loss alone)")
+    eval_tasks: str | None = option(None, help="with --eval-data: which, such as piqa,mmlu (default: all but HumanEval)")
+    eval_items: int | None = option(None, least=1, help="with --eval-data: questions of each, the same every time (default: 100)")
     timeout_minutes: float = option(10.0, least=0.1, help="minutes that a process waits for another before it fails; make it longer than the slowest save")
     skip_sigma: float = option(6.0, least=0, help="a step whose loss or gradient norm is this many standard deviations above those of the last 128 steps is skipped; 0 skips only what is not a number")
     rollback_after: int = option(5, least=0, help="steps skipped in a row after which the run goes back to its last good checkpoint and passes over the data in between; 0 never goes back")
@@ -247,6 +250,11 @@ def make_plan(config, *, vocab_size, n_tokens, world_size, zero=None, gpu_memory
     steps = plan_steps(config, batch_tokens, (n_tokens - 1) // model.seq_len / batch_sequences)
     warmup_steps = min(2000, steps // 10) if config.warmup_steps is None else config.warmup_steps
     decay_steps, muon_lr = _decay_steps(config, steps), _muon_lr(config, lr)
+    for name in ("eval_tasks", "eval_items"):
+        if getattr(config, name) is not None and config.eval_data is None:
+            raise ValueError(f"{flag(name)} {getattr(config, name)} acts with --eval-data alone, and there is none")
+    if config.eval_data is not None and not config.eval_every:
+        raise ValueError(f"--eval-data {config.eval_data} is asked at every --eval-every steps, and that is 0")
     if warmup_steps >= steps:
         raise ValueError(f"--warmup-steps {warmup_steps} leaves no step of the {steps} to train at the full rate")
     if decay_steps is not None and warmup_steps + decay_steps > steps:
