@@ -51,7 +51,9 @@ def entering(inputs, chunk, ids):
         now = None if ids is None else ids[:, [before, *range(start, min(start + chunk, x.shape[1]))]]
         # a first token of the document before, which adds nothing
         pad = lambda t, here=here: torch.cat([torch.zeros_like(t[:, :1]), t[:, here]], dim=1)  # noqa: E731
-        _, state = reference.ssd(*(pad(t) for t in (x, dt)), inputs["A"], pad(B), pad(C), inputs["D"], chunk, now, state)
+        _, state = reference.ssd(
+            *(pad(t) for t in (x, dt)), inputs["A"], pad(B), pad(C), inputs["D"], chunk, now, state
+        )
     return rearrange(torch.stack(states, 1), "b c h n p -> b c h p n").to(x.dtype).contiguous()
 
 
