@@ -119,8 +119,11 @@ class Scorer:
     def loglikelihoods(self, requests, what="scoring", theirs=None):
         """[Answer] of each (context, continuation). theirs: the requests that lm-eval would make, if not these."""
         pieces = self.pieces(requests)
-        asked = pieces if theirs is None else self.pieces(theirs, count=False)
-        self.forward_tokens_hf += sum(map(len, {tuple(inputs) for inputs, _ in asked}))
+        known = dict(zip(requests, pieces, strict=True))
+        new = [request for request in theirs or () if request not in known]
+        known |= zip(new, self.pieces(new, count=False), strict=True)
+        asked = requests if theirs is None else theirs
+        self.forward_tokens_hf += sum(map(len, {tuple(known[request][0]) for request in asked}))
         self._encoded, self._pairs = {}, {}
         scores = self.score(pieces, what)
         return [Answer(*score, len(targets)) for score, (_, targets) in zip(scores, pieces, strict=True)]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from curation.shards import new_file
 from model.choices import choose, mean_scores
 from model.scorer import MAX_POSITIONS, NotFinite, Scorer, padded, to_device
 from train.checkpoint import owned_pieces
@@ -56,6 +57,10 @@ class Quiz:
         told = [questions]
         dist.broadcast_object_list(told, src=0)
         [self.questions], self.plan = told, plan
+
+    def write(self, path):
+        with new_file(path) as file:
+            file.write(json.dumps(self.questions, separators=(",", ":")).encode())
 
     @property
     def about(self):
