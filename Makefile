@@ -21,7 +21,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo curate plan verify inspect data-report bench-curation bench bench-peers bench-planner train eval eval-data eval-diff eval-sandbox sample export report watch estimate supervise drill test test-gpu check format clean
+.PHONY: help setup demo curate plan verify inspect data-report bench-curation bench bench-peers bench-planner bench-decode train eval eval-data eval-diff eval-sandbox sample export report watch estimate supervise drill test test-gpu check format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -43,6 +43,8 @@ venv_from_apt = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "py
 
 .venv/dev: .venv/ready requirements-dev.txt
 	$(PY) -m pip install --quiet --progress-bar off -r requirements-dev.txt
+	@# for its interpreter, on which the kernels are tested where there is no GPU; PyTorch for GPUs has a version of its own
+	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet --progress-bar off triton==3.6.0
 	@touch $@
 
 # dolma needs older libraries than ours, and only uv sorts them out in seconds.
@@ -115,6 +117,9 @@ bench-peers: setup  ## this network beside transformers' Bamba and mamba_ssm's L
 bench-planner: setup  ## measure training steps on this machine's GPU for the planner, and show all points beside it
 	$(PY) -m launch.measure $(BENCH_ARGS)
 	$(PY) -m launch.check
+
+bench-decode: setup  ## tokens/s of writing, by context and beside transformers' own class: make bench-decode SIZE=1.3B BENCH_ARGS='--dtype bfloat16'
+	$(PY) -m model.bench_decode --size $(SIZE) --batch 1 64 --peer $(BENCH_ARGS)
 
 supervise: setup  ## train, and start again by itself after a failure: make supervise SIZE=nano DATA=data/local RUN=runs/mine ARGS='--steps 100'
 	$(PY) -m launch.supervise $(if $(HOSTFILE),--hostfile $(HOSTFILE),--processes $(PROCESSES)) $(SUPERVISE_ARGS) -- --size $(SIZE) --data $(DATA) --run $(RUN) $(ARGS)

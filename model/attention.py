@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from model.layers import Linear, RMSNorm, SplitLinear
+from model.layers import FixedState, Linear, RMSNorm, SplitLinear
 
 YARN_FAST, YARN_SLOW = 32, 1  # turns within the original context: above, an angle is kept; below, it is interpolated
 
@@ -27,35 +27,49 @@ class Attention(nn.Module):
         widths = {"q": config.d_model, "k": d_kv, "v": d_kv}
         if config.attention_gate:
             widths["gate"] = config.d_model
-        self.in_proj = SplitLinear(config.d_model, widths)
+        self.in_proj = SplitLinear(config.d_model, widths, ops)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
-        self.out_proj = Linear(config.d_model, config.d_model)
+        self.out_proj = Linear(config.d_model, config.d_model, ops)
 
     def forward(self, x, packing=None, state=None):
-        """state: {} before the first token; keeps "cache", a KVCache of the tokens so far."""
+        """state: {} before the first token; keeps "cache", a KVCache of the tokens so far.
+
+        With "lengths" (b,) in it, a row is so long, and padded behind: the cache is that of the row's own tokens.
+        """
         config = self.config
         q, k, v, *gate = self.in_proj(x)
         q, k, v = (rearrange(t, "b l (h p) -> b l h p", p=config.head_dim) for t in (q, k, v))
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if isinstance(state, FixedState):
+            y = self.ops.attention_step(q, k, v, **state, scale=config.attention_multiplier)
+        else:
+            y = self.attend(q, k, v, packing, state)
+        y = rearrange(y, "b l h p -> b l (h p)")
+        return self.out_proj(self.ops.sigmoid_gate(y, *gate) if gate else y)
+
+    def attend(self, q, k, v, packing, state):
+        """Positions, then attention to the row's tokens so far: q (b, l, h, p); k, v (b, l, k, p) -> (b, l, h, p)."""
+        config, l = self.config, q.shape[1]
+        lengths = None if state is None else state.pop("lengths", None)
         cache = None if state is None else state.get("cache", KVCache())
         mask = None
         if config.positions == "rope":
             if packing is not None:
                 positions = packing.positions
             else:
-                positions = torch.arange(x.shape[1], device=x.device)[None]
+                positions = torch.arange(l, device=q.device)[None]
                 positions = positions if cache is None else cache.positions(positions)
-            angles = rope_frequencies(config, x.device)
+            angles = rope_frequencies(config, q.device)
             q, k = (self.ops.rotary(t, positions, *angles) for t in (q, k))
         if cache is not None:
             state["cache"] = cache = cache.append(k, v)
-            k, v, mask = cache.keys, cache.values, cache.mask(x.shape[1])
-        slopes = alibi_slopes(config.n_heads, x.device) if config.positions == "alibi" else None
-        y = self.ops.attention(q, k, v, mask, packing=packing, scale=config.attention_multiplier, slopes=slopes)
-        y = rearrange(y, "b l h p -> b l (h p)")
-        return self.out_proj(self.ops.sigmoid_gate(y, *gate) if gate else y)
+            k, v, mask = cache.keys, cache.values, cache.mask(l)
+        if lengths is not None:
+            state["cache"] = cache.drop(l - lengths)
+        slopes = alibi_slopes(config.n_heads, q.device) if config.positions == "alibi" else None
+        return self.ops.attention(q, k, v, mask, packing=packing, scale=config.attention_multiplier, slopes=slopes)
 
 
 class KVCache:
@@ -85,6 +99,13 @@ class KVCache:
         """The cache of these rows (indices), in this order; a row may come several times."""
         start = None if self.start is None else self.start[rows]
         return KVCache(_Buffer(self.buffer.tensor[:, rows, : self.length]), self.length, start)
+
+    def drop(self, n):
+        """The cache without the last n (b,) tokens of each row: the others move up to the end."""
+        places = torch.arange(self.length, device=n.device) - n[:, None]
+        rows = torch.arange(len(n), device=n.device)[:, None]
+        start = n if self.start is None else self.start + n
+        return KVCache(_Buffer(self.buffer.tensor[:, rows, places.clamp(min=0)]), self.length, start)
 
     @property
     def keys(self):

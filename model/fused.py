@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import reference
+from model import reference, single_token
 from model.convolution import causal_conv1d  # noqa: F401
 from model.cross_entropy import cross_entropy  # noqa: F401
-from model.gated_norm import gated_rms_norm  # noqa: F401
+from model.gated_norm import gated_rms_norm
 from model.gating import sigmoid_gate, swiglu  # noqa: F401
 from model.mixer import mixer  # noqa: F401
 from model.norm import add_rms_norm, rms_norm  # noqa: F401
@@ -62,3 +62,29 @@ def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
     else:
         y = varlen_attn(*rows, *where, scale=scale, **VARLEN)
     return y.unflatten(0, (b, l))
+
+
+def mixer_step(
+    zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, n_groups, eps, conv, ssm, lengths
+):  # fmt: skip
+    """See model/reference.py."""
+    with torch.cuda.device(zxbcdt.device):
+        z, xBC, dt = zxbcdt.split([norm_weight.numel(), conv_weight.shape[0], A_log.numel()], dim=-1)
+        y = single_token.mamba_step(xBC, dt, conv_weight, conv_bias, A_log, D, dt_bias, conv, ssm, lengths)
+        return gated_rms_norm(y, z, norm_weight, n_groups, eps)
+
+
+def attention_step(q, k, v, keys, values, lengths, frequencies=None, magnitude=1.0, scale=None, slopes=None):
+    """See model/reference.py."""
+    with torch.cuda.device(q.device):
+        return single_token.attention_step(q, k, v, keys, values, lengths, frequencies, magnitude, scale, slopes)
+
+
+def products(x, weights):
+    """See model/reference.py. A kernel of ours for one token, and for a few where weights would have to be joined."""
+    n_rows, half = x.shape[:-1].numel(), x.dtype in (torch.bfloat16, torch.float16)
+    ours = n_rows == 1 or (half and len(weights) > 1 and n_rows <= single_token.MAX_ROWS)
+    if torch.is_grad_enabled() or not ours:
+        return reference.products(x, weights)
+    with torch.cuda.device(x.device):
+        return single_token.products(x, weights)

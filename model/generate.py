@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from model.attention import KVCache
+from model.decode import Decoder
+
+ROOM = 1024  # tokens that a cache has room for at the start, at most; texts may become longer
+DRAWS = 256  # random numbers that a row draws at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +67,20 @@ def probabilities(logits, sampling, seen=None):
     return chances
 
 
-def generate(model, prompt_ids, max_tokens, *, stop_ids=(), seed=0, vocab_size=None, **sampling):
+def generate(model, prompt_ids, max_tokens, *, stop_ids=(), seed=0, vocab_size=None, decoder=None, **sampling):
     """Yield up to max_tokens ids that continue prompt_ids (not empty); ends before an id in stop_ids.
 
     vocab_size: the tokenizer's; ids from it on only pad the head and are never chosen. sampling: fields of Sampling.
     The same seed gives the same text on the same device. Raises ValueError for a setting out of range.
+    decoder: a Decoder of the model that no other text is using, so that one graph serves many texts on a GPU.
     """
-    for (token,) in _decode(model, [prompt_ids], max_tokens, [seed], vocab_size, Sampling(**sampling)):
+    for (token,) in _decode(model, [prompt_ids], max_tokens, [seed], vocab_size, decoder, Sampling(**sampling)):
         if token in stop_ids:
             return
         yield token
 
 
-def generate_batch(model, prompts, max_tokens, *, stop_ids=(), seed=0, vocab_size=None, **sampling):
+def generate_batch(model, prompts, max_tokens, *, stop_ids=(), seed=0, vocab_size=None, decoder=None, **sampling):
     """[ids] that continue each of the prompts, of any lengths, decoded together.
 
     Row i is what generate gives for prompts[i] alone with seed + i, but for rounding: the sums of a larger batch may
@@ -83,7 +88,7 @@ def generate_batch(model, prompts, max_tokens, *, stop_ids=(), seed=0, vocab_siz
     """
     written, going = [[] for _ in prompts], set(range(len(prompts)))
     seeds = [seed + i for i in range(len(prompts))]
-    for tokens in _decode(model, prompts, max_tokens, seeds, vocab_size, Sampling(**sampling)):
+    for tokens in _decode(model, prompts, max_tokens, seeds, vocab_size, decoder, Sampling(**sampling)):
         for i in sorted(going):
             if tokens[i] in stop_ids:
                 going.remove(i)
@@ -95,7 +100,7 @@ def generate_batch(model, prompts, max_tokens, *, stop_ids=(), seed=0, vocab_siz
 
 
 @torch.inference_mode()
-def _decode(model, prompts, max_tokens, seeds, vocab_size, sampling):
+def _decode(model, prompts, max_tokens, seeds, vocab_size, decoder, sampling):
     """Yield the next id of every row, [int], up to max_tokens times."""
     if not all(prompts):
         raise ValueError("the prompt has no tokens; begin with the separator")
@@ -108,15 +113,30 @@ def _decode(model, prompts, max_tokens, seeds, vocab_size, sampling):
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, prompt in zip(seen, prompts, strict=True):
         row[torch.tensor([token for token in prompt if token < seen.shape[1]], device=device, dtype=torch.long)] = True
-    for made in range(1, max_tokens + 1):
+    decoder = decoder or Decoder(model)
+    for made in range(max_tokens):
         chances = probabilities(logits, sampling, seen)
-        rows = zip(chances, generators, strict=True)
-        tokens = torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+        if sampling.temperature == 0:
+            tokens = chances.argmax(-1)
+        else:
+            if made % DRAWS == 0:
+                rows = [torch.rand(DRAWS, generator=g, device=device, dtype=torch.float64) for g in generators]
+                draws = torch.stack(rows)
+            tokens = pick(chances, draws[:, made % DRAWS])
         yield tokens.tolist()
-        if made < max_tokens:
+        if made == max_tokens - 1:
+            return
+        if made == 0:
+            decoder.start(state, room=min(max_tokens, ROOM))
+        if sampling.repetition_penalty != 1:
             seen.scatter_(1, tokens[:, None], True)
-            logits, state = model.step(tokens[:, None], state)
-            logits = logits[:, -1, :vocab_size]
+        logits = decoder.step(tokens)[:, :vocab_size]
+
+
+def pick(chances, draws):
+    """The id, (b,), that each row's draw (b,) from [0, 1) falls on; an id is as wide as its chance (b, vocab)."""
+    upto = chances.double().cumsum(-1)
+    return torch.searchsorted(upto, draws[:, None] * upto[:, -1:], right=True)[:, 0]
 
 
 def prefill(model, prompts):

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.reference import linear
-
 
 class Packing:
     """Where the documents packed into each row lie; made once a forward pass and read by every layer.
@@ -48,13 +46,14 @@ class Linear(nn.Linear):
 
     fp8 = None
 
-    def __init__(self, d_in, d_out):
+    def __init__(self, d_in, d_out, ops):
         super().__init__(d_in, d_out, bias=False)
+        self.ops = ops
 
     def forward(self, x):
         if self.fp8 and self.training and self.fp8.takes(x):
             return self.fp8(x, [self.weight])
-        return linear(x, self.weight)
+        return self.ops.products(x, [self.weight])
 
 
 class SplitLinear(nn.Module):
@@ -66,9 +65,9 @@ class SplitLinear(nn.Module):
 
     fp8 = None
 
-    def __init__(self, d_in, widths):
+    def __init__(self, d_in, widths, ops):
         super().__init__()
-        self.widths = dict(widths)
+        self.widths, self.ops = dict(widths), ops
         for name, width in self.widths.items():
             self.register_parameter(name, nn.Parameter(torch.empty(width, d_in)))
 
@@ -79,8 +78,12 @@ class SplitLinear(nn.Module):
             split = tuple(self.widths.values())
         if self.fp8 and self.training and self.fp8.takes(x):
             return self.fp8(x, weights, split)
-        product = linear(x, torch.cat(weights))
+        product = self.ops.products(x, weights)
         return product.split(split, dim=-1) if split else product
+
+
+class FixedState(dict):
+    """A layer's decoding state in tensors that stay where they are: a step of one token changes them (decode.py)."""
 
 
 class RMSNorm(nn.Module):
@@ -113,8 +116,8 @@ class SwiGLU(nn.Module):
     def __init__(self, d_model, d_ff, ops):
         super().__init__()
         self.ops = ops
-        self.in_proj = SplitLinear(d_model, {"gate": d_ff, "up": d_ff})
-        self.out_proj = Linear(d_ff, d_model)
+        self.in_proj = SplitLinear(d_model, {"gate": d_ff, "up": d_ff}, ops)
+        self.out_proj = Linear(d_ff, d_model, ops)
 
     def forward(self, x):
         if self.fp8 and self.training and self.fp8.takes(x):

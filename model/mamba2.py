@@ -5,8 +5,9 @@ import math
 import torch
 from torch import nn
 
-from model.layers import Linear, SplitLinear
+from model.layers import FixedState, Linear, SplitLinear
 
+NO_STEP = -1e4  # whose softplus is 0
 DT_MIN, DT_MAX = 0.001, 0.1  # step sizes at the start, as in Mamba (arXiv:2312.00752, section 3.6)
 A_MIN, A_MAX = 1.0, 16.0  # decay rates at the start, as in Mamba-2
 
@@ -19,14 +20,14 @@ class Mamba2(nn.Module):
         self.config, self.ops = config, ops
         bc = config.n_groups * config.d_state
         widths = {"z": config.d_inner, "x": config.d_inner, "B": bc, "C": bc, "dt": config.n_mamba_heads}
-        self.in_proj = SplitLinear(config.d_model, widths)
+        self.in_proj = SplitLinear(config.d_model, widths, ops)
         self.conv1d_weight = nn.Parameter(torch.empty(config.d_conv_channels, config.d_conv))
         self.conv1d_bias = nn.Parameter(torch.empty(config.d_conv_channels))
         self.A_log = nn.Parameter(torch.empty(config.n_mamba_heads))
         self.D = nn.Parameter(torch.empty(config.n_mamba_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.n_mamba_heads))
         self.norm_weight = nn.Parameter(torch.empty(config.d_inner))
-        self.out_proj = Linear(config.d_inner, config.d_model)
+        self.out_proj = Linear(config.d_inner, config.d_model, ops)
 
     @torch.no_grad()
     def init_scan(self):
@@ -41,14 +42,35 @@ class Mamba2(nn.Module):
         self.conv1d_bias.uniform_(-bound, bound)
 
     def forward(self, u, packing=None, state=None):
-        """state: {} before the first token; keeps "conv" (b, d_conv - 1, channels) and "ssm" (b, heads, n, p)."""
+        """state: {} before the first token; keeps "conv" (b, d_conv - 1, channels) and "ssm" (b, heads, n, p).
+
+        With "lengths" (b,) in it, a row is so long, and padded behind: what is kept is that of the row's own end.
+        """
         config = self.config
-        state_before = state or {"conv": None, "ssm": None}
+        weights = self.conv1d_weight, self.conv1d_bias, self.A_log, self.D, self.dt_bias, self.norm_weight
+        zxbcdt = self.in_proj(u, split=())
+        if isinstance(state, FixedState):
+            return self.out_proj(self.ops.mixer_step(zxbcdt, *weights, config.n_groups, config.norm_eps, **state))
+        lengths = None if state is None else state.pop("lengths", None)
+        before = state or {"conv": None, "ssm": None}
+        if lengths is not None:  # steps of no size leave the scan where it is
+            padding = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
+            zxbcdt[..., -config.n_mamba_heads :].masked_fill_(padding[..., None], NO_STEP)
         y, conv, ssm = self.ops.mixer(
-            self.in_proj(u, split=()), self.conv1d_weight, self.conv1d_bias, self.A_log, self.D, self.dt_bias,
-            self.norm_weight, config.n_groups, config.chunk_size, config.norm_eps,
-            None if packing is None else packing.document_ids, state_before["conv"], state_before["ssm"],
+            zxbcdt, *weights, config.n_groups, config.chunk_size, config.norm_eps,
+            None if packing is None else packing.document_ids, before["conv"], before["ssm"],
         )  # fmt: skip
+        if lengths is not None:
+            conv = self.inputs_before(lengths, zxbcdt, before["conv"])
         if state is not None:
             state.update(conv=conv.clone(), ssm=ssm)  # not a part of in_proj's product, which it would keep whole
         return self.out_proj(y)
+
+    def inputs_before(self, lengths, zxbcdt, conv):
+        """The convolution's last inputs, (b, d_conv - 1, channels), of rows that end after `lengths` (b,) tokens."""
+        config = self.config
+        inputs = zxbcdt[..., config.d_inner : config.d_inner + config.d_conv_channels]
+        if conv is None:
+            conv = inputs.new_zeros(len(inputs), config.d_conv - 1, config.d_conv_channels)
+        places = lengths[:, None] + torch.arange(config.d_conv - 1, device=lengths.device)
+        return torch.cat([conv, inputs], dim=1)[torch.arange(len(inputs), device=lengths.device)[:, None], places]

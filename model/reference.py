@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 IGNORED_TARGET = -100  # a target that cross_entropy leaves out
+FEW_ROWS = 256  # tokens for which `products` one by one cost less than to copy its weights together
 # PyTorch gives float32 products on a CPU to MKL, which leaves the wider half of an AMD processor's vector units idle;
 # oneDNN, which PyTorch has with it, uses them (BENCHMARKS.md).
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -21,6 +22,15 @@ def linear(x, weight):
     if ONEDNN and on_cpu and x.numel() > x.shape[-1] and not torch.compiler.is_compiling():
         return OneDNNLinear.apply(x, weight)
     return F.linear(x, weight)
+
+
+def products(x, weights):
+    """x (..., k) times each of the weights (n, k), transposed, side by side: (..., sum of n)."""
+    if len(weights) == 1:
+        return linear(x, weights[0])
+    if not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS:
+        return torch.cat([linear(x, weight) for weight in weights], dim=-1)
+    return linear(x, torch.cat(weights))
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -169,6 +179,29 @@ def mixer(
     return gated_rms_norm(y, z, norm_weight, n_groups, eps), conv_state, ssm_state
 
 
+def mixer_step(
+    zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, n_groups, eps, conv, ssm, lengths
+):  # fmt: skip
+    """`mixer` of one token a row, zxbcdt (b, 1, ...), with states in tensors that are changed in place. Returns y.
+
+    conv (b, w, channels) is a ring: the input at position t is in slot t % w; ssm (b, h, n, p) in float32; lengths
+    (b,): tokens before this one.
+    """
+    z, xBC, dt = zxbcdt.split([norm_weight.numel(), conv_weight.shape[0], A_log.numel()], dim=-1)
+    (b, h, n, p), w = ssm.shape, conv.shape[1]
+    rows = torch.arange(b, device=xBC.device)
+    conv[rows, lengths % w] = xBC[:, 0]
+    slots = (lengths[:, None] + torch.arange(1, w + 1, device=xBC.device)) % w  # the oldest first
+    xBC = F.silu(conv_bias + (conv[rows[:, None], slots] * conv_weight.mT).sum(dim=1, keepdim=True))
+    x, B, C = xBC.float().split([h * p, n_groups * n, n_groups * n], dim=-1)
+    x = x.view(b, h, p)
+    B, C = (t.view(b, n_groups, n).repeat_interleave(h // n_groups, dim=1) for t in (B, C))  # (b, h, n)
+    dt = F.softplus(dt[:, 0].float() + dt_bias.float())
+    ssm.mul_((-dt * A_log.float().exp())[..., None, None].exp()).add_(B[..., None] * (dt[..., None] * x)[:, :, None])
+    y = (C[:, :, None] @ ssm)[:, :, 0] + D.float()[:, None] * x
+    return gated_rms_norm(y.to(z.dtype).view(b, 1, h * p), z, norm_weight, n_groups, eps)
+
+
 def rms_norm(x, weight, eps):
     """x / rms(x) * weight over the last dimension, in float32 (arXiv:1910.07467). Returns x's dtype."""
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
@@ -236,6 +269,30 @@ def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
     causal = mask is None and l == m > 1
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
     return rearrange(y, "b h l p -> b l h p").to(dtype)
+
+
+def attention_step(q, k, v, keys, values, lengths, frequencies=None, magnitude=1.0, scale=None, slopes=None):
+    """`attention` of one token a row to itself and to those before, in buffers that are changed in place.
+
+    q (b, 1, h, p), k, v (b, 1, k, p), not yet rotated; keys, values (b, capacity, k, p): the row's first lengths (b,)
+    places are filled, and the next takes k and v. frequencies, magnitude: as for `rotary`, None: no rotation.
+    Returns (b, 1, h, p).
+    """
+    if frequencies is not None:
+        q, k = (rotary(t, lengths[:, None], frequencies, magnitude) for t in (q, k))
+    rows = torch.arange(len(q), device=q.device)
+    keys[rows, lengths], values[rows, lengths] = k[:, 0], v[:, 0]
+    if not keys.is_cuda:  # on a GPU, a graph of this has one shape for all lengths
+        filled = int(lengths.max()) + 1
+        keys, values = keys[:, :filled], values[:, :filled]
+    distance = (lengths[:, None] - torch.arange(keys.shape[1], device=q.device))[:, None, None]  # (b, 1, 1, capacity)
+    mask, dtype = distance >= 0, q.dtype
+    if slopes is not None:
+        mask = (-slopes[:, None, None] * distance).masked_fill(~mask, -torch.inf)
+        q, keys, values = q.float(), keys.float(), values.float()
+    q, keys, values = (t.transpose(1, 2) for t in (q, keys, values))
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    return y.transpose(1, 2).to(dtype)
 
 
 def cross_entropy(hidden, weight, targets, z_loss=0.0):

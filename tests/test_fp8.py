@@ -9,7 +9,7 @@ import torch
 from launching import launch
 from test_run import numbers, stage_config
 
-from model import fp8
+from model import fp8, reference
 from model.config import PRESETS, ModelConfig
 from model.fp8 import CURRENT_STEPS, FORGET, Scales, Site, power_of_two
 from model.hybrid import HybridLM
@@ -48,7 +48,7 @@ def backward(model, seed=0):
 
 def linear(weights, d_in, steps=CURRENT_STEPS):
     """A SplitLinear of these weights whose product is in 8 bits, of a model that has taken that many steps."""
-    module = SplitLinear(d_in, {str(i): len(weight) for i, weight in enumerate(weights)})
+    module = SplitLinear(d_in, {str(i): len(weight) for i, weight in enumerate(weights)}, reference)
     module.load_state_dict({str(i): weight for i, weight in enumerate(weights)})
     scales = Scales(1, 1)
     scales.steps = steps

@@ -15,10 +15,11 @@ from transformers import (
 )
 
 from model.attention import KVCache
-from model.bench_decode import BENCH, same_size
+from model.bench_decode import BENCH, same_size, stock_model
 from model.bench_decode import main as bench
 from model.config import PRESETS
-from model.generate import Sampling, generate, generate_batch, prefill, probabilities
+from model.decode import Decoder
+from model.generate import Sampling, generate, generate_batch, pick, prefill, probabilities
 from model.hybrid import HybridLM
 
 SHAPES = {
@@ -145,6 +146,21 @@ def test_cache_doubles_its_buffer_and_shares_it_until_two_would_write():
     assert torch.equal(one.keys[:, :6], other.values[:, :6])
 
 
+def test_one_decoder_serves_many_texts(model):
+    decoder = Decoder(model)
+    for settings in (dict(temperature=0), dict(temperature=0.9, seed=3)):
+        for prompt in PROMPTS:
+            again = list(generate(model, prompt, 6, decoder=decoder, **settings))
+            assert again == list(generate(model, prompt, 6, **settings))
+
+
+def test_ids_are_drawn_as_often_as_their_chances_say():
+    chances = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]]).expand(1000, 6)
+    draws = torch.arange(1000, dtype=torch.float64) / 1000
+    assert pick(chances, draws).bincount(minlength=6).tolist() == [0, 200, 0, 500, 300, 0]
+    assert pick(3 * chances[:1], draws[:1].fill_(1 - 2**-53)).tolist() == [4]
+
+
 def test_greedy_generation_follows_the_forward_pass(model):
     tokens = [5, 6, 7]
     for token in generate(model, [5, 6, 7], 10, temperature=0):
@@ -238,10 +254,11 @@ def test_benchmark_compares_models_of_one_size_and_shows_the_state(capsys):
     for config in (BENCH, PRESETS["1.3B"], PRESETS["nano-gated"]):
         counts = [shape.n_parameters for shape in same_size(config).values()]
         assert max(counts) / min(counts) < 1.01
-    arguments = ["--size", "tiny", "--new-tokens", "2", "--device", "cpu"]
+    arguments = ["--size", "tiny", "--new-tokens", "2", "--device", "cpu", "--batch", "1", "2"]
     assert bench([*arguments, "--contexts", "8", "32", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    state = {(row["model"], row["context"]): row["state_bytes"] for row in rows}
+    state = {(row["model"], row["context"]): row["state_bytes"] for row in rows}  # of a row, whatever the batch
+    assert len(rows) == 2 * 2 * 3
     assert state["Mamba-2", 8] == state["Mamba-2", 32]
     assert state["attention", 32] == 4 * state["attention", 8]
     assert all(row["tokens_per_s"] > 0 for row in rows)
@@ -249,3 +266,20 @@ def test_benchmark_compares_models_of_one_size_and_shows_the_state(capsys):
     assert "tokens/s" in capsys.readouterr().out
     assert bench(["--size", "mamba-130M"]) == 2
     assert "is no hybrid" in capsys.readouterr().err
+
+
+def test_benchmark_sets_ours_beside_transformers_own_class(capsys):
+    config = dataclasses.replace(PRESETS["tiny"], tied_embeddings=True)
+    for model in (build(layer_pattern="MAM"), sharpened(config, kernels="torch").eval()):
+        tokens = random_tokens(2, 20)
+        with torch.no_grad():
+            torch.testing.assert_close(stock_model(model)(tokens).logits, model(tokens), rtol=0, atol=1e-5)
+    arguments = ["--new-tokens", "3", "--device", "cpu", "--contexts", "--peer-context", "8", "--peer"]
+    assert bench(["--size", "tiny", *arguments, "eager", "--batch", "1", "3", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["batch"], row["mode"]) for row in rows] == [(1, "ours"), (1, "eager"), (3, "ours"), (3, "eager")]
+    assert rows[1]["ratio"] == rows[0]["tokens_per_s"] / rows[1]["tokens_per_s"]
+    assert bench(["--size", "tiny", *arguments]) == 0
+    assert "theirs, compiled" in capsys.readouterr().out
+    assert bench(["--size", "nano-gated", *arguments]) == 2
+    assert "lacks the output gate of attention" in capsys.readouterr().err

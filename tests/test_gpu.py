@@ -7,6 +7,7 @@ The twin in float32, on the same inputs, is the truth. Errors are measured again
 Uninitialised memory is filled with NaN (torch's deterministic mode), so that a value never written would show.
 """
 
+import dataclasses
 import math
 import os
 from functools import partial
@@ -17,6 +18,8 @@ import torch
 
 from model import fp8, reference
 from model.config import ModelConfig
+from model.decode import ROOM, Decoder
+from model.generate import prefill
 from model.hybrid import HybridLM
 from model.layers import Packing
 from model.ops import load_ops
@@ -42,10 +45,7 @@ SHAPE = ModelConfig(
 
 @pytest.fixture(scope="session")
 def fused():
-    torch.use_deterministic_algorithms(True, warn_only=True)  # mamba_ssm then tries one tile size, not nine
-    ops = load_ops("fused")
-    torch.use_deterministic_algorithms(False)
-    return ops
+    return load_ops("fused")
 
 
 @pytest.fixture
@@ -511,3 +511,60 @@ def test_decoding_equals_the_forward_pass(fused):
             logits, state = model.step(stretch, state)
             got.append(logits)
     torch.testing.assert_close(torch.cat(got, dim=1), want, rtol=0, atol=1e-4 * want.abs().max().item())
+
+
+# ---- one new token a row
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_products_of_few_rows(fused, rows, dtype):
+    x = draw(rows, 1, 2000).to(dtype)
+    weights = [draw(width, 2000, seed=width).to(dtype) for width in (700, 64, 129, 8)]
+    with torch.no_grad():
+        want, got = reference.products(x.float(), [w.float() for w in weights]), fused.products(x, weights)
+    assert got.dtype == dtype
+    assert (got.float() - want).norm() <= (2e-6 if dtype == torch.float32 else TOLERANCE[dtype]) * want.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(layer_pattern="MAM", attention_gate=True, qk_norm=True),
+        dict(layer_pattern="AM", positions="alibi"),
+        dict(layer_pattern="AM", positions="none", n_kv_heads=1),
+        dict(layer_pattern="MM", n_groups=2),
+    ],
+    ids=str,
+)
+def test_decoding_by_a_graph_equals_the_steps_of_the_plain_model(fused, options, dtype):
+    config = dataclasses.replace(SHAPE, **options)
+    models = []
+    for kernels, kind in (("torch", torch.float32), ("torch", dtype), ("fused", dtype)):
+        torch.manual_seed(0)
+        model = HybridLM(config, kernels=kernels)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(3)
+        models.append(model.to("cuda", torch.bfloat16).to(kind).eval())
+    truth, twin, model = models
+    prompts = [tokens()[0, :n].tolist() for n in (250, 1, 70, 70)]  # the longest outgrows its cache
+    with torch.no_grad():
+        states = [prefill(m, prompts)[1] for m in (truth, twin)]
+        decoder = Decoder(model)
+        decoder.start(prefill(model, prompts)[1], room=1)
+        assert decoder.graph is not None
+        for t in range(12):
+            new = tokens()[0, t : t + 4, None]
+            want, states[0] = truth.step(new, states[0])
+            plain, states[1] = twin.step(new, states[1])
+            error, twins = ((got.squeeze() - want[:, 0]).norm() for got in (decoder.step(new[:, 0]), plain))
+            tolerance = 2e-4 if dtype == torch.float32 else TOLERANCE[dtype]
+            assert error <= twins + tolerance * want.norm()
+        assert decoder.capacity == (2 * ROOM if "A" in config.layer_pattern else ROOM)
+        decoder.take([2, 0])
+        got = decoder.step(tokens()[0, :2])
+        want = truth.step(tokens()[0, :2, None], truth.take_rows(states[0], [2, 0]))[0][:, 0]
+        assert (got - want).norm() <= (2e-4 if dtype == torch.float32 else 3 * TOLERANCE[dtype]) * want.norm()
