@@ -138,6 +138,8 @@ def operations(config, flags):
     channels = config.d_conv_channels
     convolution = [draw(b, l, channels), draw(channels, config.d_conv), draw(channels)]
     scan = [x, dt, A, B, C, D]
+    per_head = [draw(h), draw(h), draw(h)]
+    mixer = [draw(b, l, config.d_inner + channels + h), *convolution[1:], *per_head, wide[2]]
     return {
         "ssd": both_ways(lambda ops, *t: ops.ssd(*t, config.chunk_size), *scan),
         "ssd, documents": both_ways(lambda ops, *t: ops.ssd(*t, config.chunk_size, ids), *scan),
@@ -145,6 +147,7 @@ def operations(config, flags):
         "causal_conv1d, documents": both_ways(lambda ops, *t: ops.causal_conv1d(*t, ids), *convolution),
         "rms_norm": both_ways(lambda ops, *t: ops.rms_norm(*t, 1e-5), draw(b, l, d), draw(d)),
         "gated_rms_norm": both_ways(lambda ops, *t: ops.gated_rms_norm(*t, g, 1e-5), *wide),
+        "mixer, documents": both_ways(lambda ops, *t: ops.mixer(*t, g, config.chunk_size, 1e-5, ids), *mixer),
         "attention": both_ways(lambda ops, *t: ops.attention(*t), q, k, v),
         "attention, documents": both_ways(lambda ops, *t: ops.attention(*t, packing=packing), q, k, v),
         "cross_entropy": both_ways(

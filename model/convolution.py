@@ -1,16 +1,17 @@
 """The convolution of model/reference.py as two Triton kernels, each of which reads and writes every value once.
 
-A program walks down the rows of a block of channels and keeps the last w - 1 of them in registers. b batch, l length,
-d channels, w width.
+A program walks down the rows of a block of channels and keeps the last w - 1 of them in registers. The few programs
+among whose rows a document begins take a slower path, with fewer rows at a time, lest it need more registers than the
+other. b batch, l length, d channels, w width.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# rows of a program, rows whose loads are under way at a time, channels, warps (H200)
-FORWARD = {"ROWS": 32, "GROUP": 8, "BLOCK_D": 256, "num_warps": 2}
-BACKWARD = {"ROWS": 64, "GROUP": 4, "BLOCK_D": 256, "num_warps": 2}
+# rows of a program, rows loaded at a time, such groups under way, channels, warps (H200)
+FORWARD = {"ROWS": 32, "GROUP": 8, "STAGES": 1, "BLOCK_D": 256, "num_warps": 2}
+BACKWARD = {"ROWS": 64, "GROUP": 4, "STAGES": 1, "BLOCK_D": 128, "num_warps": 1}
 
 
 @torch.compiler.disable
@@ -171,10 +172,37 @@ def _pre(taps, weights, bias, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _changes(ids_ptr, first, end, l):
+    """Whether a document begins in rows [first, end); ids grow along a row."""
+    last = tl.minimum(end, l) - 1
+    return tl.load(ids_ptr + tl.maximum(first - 1, 0)) != tl.load(ids_ptr + last)
+
+
+@triton.jit
+def _forward_rows(
+    history, weights, bias, x_ptr, ids_ptr, y_ptr, first, l, d, x_stride, channels, inside,
+    EDGES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y of ROWS rows, among which documents may begin if EDGES."""
+    for start in tl.range(0, ROWS, GROUP, num_stages=STAGES):
+        rows = _rows(x_ptr, first + start, l, x_stride, channels, inside, GROUP)
+        if EDGES:
+            begins = _begins(ids_ptr, first + start, l, GROUP)
+        for i in tl.static_range(GROUP):
+            t = first + start + i
+            if EDGES:
+                history = _unless(begins[i], history, WIDTH - 1)
+            taps = (rows[i].to(tl.float32),) + history
+            pre = _pre(taps, weights, bias, WIDTH)
+            tl.store(y_ptr + t * d + channels, pre * sigmoid(pre), mask=inside & (t < l))
+            history = taps[:-1]
+
+
+@triton.jit
 def _conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, ids_ptr, before_ptr, y_ptr, l, d, x_stride_b, x_stride_l,
     PACKED: tl.constexpr, CARRIED: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # y[t] = silu(pre[t]), pre[t] = bias + sum over k < WIDTH of weight[WIDTH - 1 - k] x[t - k]
     channels = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -192,18 +220,16 @@ def _conv_forward_kernel(
     history = _history(
         x_ptr, before_ptr, ids_ptr, first, l, x_stride_l, d, channels, inside, zero, PACKED, CARRIED, WIDTH
     )
-    for start in range(0, ROWS, GROUP):
-        rows = _rows(x_ptr, first + start, l, x_stride_l, channels, inside, GROUP)
-        if PACKED:
-            begins = _begins(ids_ptr, first + start, l, GROUP)
-        for i in tl.static_range(GROUP):
-            t = first + start + i
-            if PACKED:
-                history = _unless(begins[i], history, WIDTH - 1)
-            taps = (rows[i].to(tl.float32),) + history
-            pre = _pre(taps, weights, bias, WIDTH)
-            tl.store(y_ptr + t * d + channels, pre * sigmoid(pre), mask=inside & (t < l))
-            history = taps[:-1]
+    if PACKED and _changes(ids_ptr, first, first + ROWS, l):
+        _forward_rows(
+            history, weights, bias, x_ptr, ids_ptr, y_ptr, first, l, d, x_stride_l, channels, inside,
+            True, WIDTH, ROWS, 4, 1,
+        )  # fmt: skip
+    else:
+        _forward_rows(
+            history, weights, bias, x_ptr, ids_ptr, y_ptr, first, l, d, x_stride_l, channels, inside,
+            False, WIDTH, ROWS, GROUP, STAGES,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -221,7 +247,7 @@ def _store_gradient(
 def _walk(
     history, unfinished, dweights, dbias, document, weights, bias, zero,
     x_ptr, dy_ptr, ids_ptr, dx_ptr, dbefore_ptr, first, own, l, d, x_stride, dy_stride, dx_stride, channels, inside,
-    COUNTED: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    COUNTED: tl.constexpr, EDGES: tl.constexpr, CARRIED: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """GROUP rows of the backward pass. Returns what is carried from row to row: of the WIDTH - 1 rows before, nearest
     first, the inputs and the gradients as far as they go; the gradients of weight and bias, to which the rows add if
@@ -229,11 +255,11 @@ def _walk(
     """
     rows = _rows(x_ptr, first, l, x_stride, channels, inside, GROUP)
     drows = _rows(dy_ptr, first, l, dy_stride, channels, inside, GROUP)
-    if PACKED:
+    if EDGES:
         begins = _begins(ids_ptr, first, l, GROUP)
     for i in tl.static_range(GROUP):
         t = first + i
-        if PACKED:
+        if EDGES:
             history = _unless(begins[i], history, WIDTH - 1)
             document = tl.where(begins[i], t, document)
         taps = (rows[i].to(tl.float32),) + history
@@ -245,7 +271,7 @@ def _walk(
         sums, dsums = (), ()
         for back in tl.static_range(WIDTH):
             reached = weights[back] * dpre
-            if PACKED:
+            if EDGES:
                 reached = tl.where(t - back >= document, reached, 0.0)
             sums = sums + (((zero,) + unfinished)[back] + reached,)
             dsums = dsums + (dweights[back] + taps[back] * dpre if COUNTED else dweights[back],)
@@ -258,11 +284,35 @@ def _walk(
 
 
 @triton.jit
+def _backward_rows(
+    history, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr, dbefore_ptr, first, l, d,
+    x_stride, dy_stride, dx_stride, channels, inside, EDGES: tl.constexpr, CARRIED: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of ROWS rows, among which documents may begin if EDGES. Returns those of weights and bias."""
+    unfinished, dweights, dbias = (zero,) * (WIDTH - 1), (zero,) * WIDTH, zero
+    document = first - WIDTH  # or before
+    own = tl.where(first == 0, 1 - WIDTH, first)  # gradients of the rows before are another program's
+    for start in tl.range(0, ROWS, GROUP, num_stages=STAGES):
+        history, unfinished, dweights, dbias, document = _walk(
+            history, unfinished, dweights, dbias, document, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr,
+            dbefore_ptr, first + start, own, l, d, x_stride, dy_stride, dx_stride, channels, inside,
+            True, EDGES, CARRIED, WIDTH, GROUP,
+        )  # fmt: skip
+    _walk(
+        history, unfinished, dweights, dbias, document, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr,
+        dbefore_ptr, first + ROWS, own, l, d, x_stride, dy_stride, dx_stride, channels, inside,
+        False, EDGES, CARRIED, WIDTH, WIDTH - 1,
+    )  # fmt: skip
+    return dweights, dbias
+
+
+@triton.jit
 def _conv_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, ids_ptr, before_ptr, dx_ptr, dbefore_ptr, sums_ptr, l, d,
     dy_stride_b, dy_stride_l, x_stride_b, x_stride_l, dx_stride_b, dx_stride_l,
     PACKED: tl.constexpr, CARRIED: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # dpre[t] = dy[t] silu'(pre[t]); dx[t] = sum over k < WIDTH of weight[WIDTH - 1 - k] dpre[t + k], in one document.
     # A gradient is whole WIDTH - 1 rows later, so a program walks that much further than its own rows.
@@ -283,20 +333,16 @@ def _conv_backward_kernel(
     history = _history(
         x_ptr, before_ptr, ids_ptr, first, l, x_stride_l, d, channels, inside, zero, PACKED, CARRIED, WIDTH
     )
-    unfinished, dweights, dbias = (zero,) * (WIDTH - 1), (zero,) * WIDTH, zero
-    document = first - WIDTH  # or before
-    own = tl.where(first == 0, 1 - WIDTH, first)  # gradients of the rows before are another program's
-    for start in range(0, ROWS, GROUP):
-        history, unfinished, dweights, dbias, document = _walk(
-            history, unfinished, dweights, dbias, document, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr,
-            dbefore_ptr, first + start, own, l, d, x_stride_l, dy_stride_l, dx_stride_l, channels, inside,
-            True, PACKED, CARRIED, WIDTH, GROUP,
+    if PACKED and _changes(ids_ptr, first, first + ROWS + WIDTH - 1, l):
+        dweights, dbias = _backward_rows(
+            history, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr, dbefore_ptr, first, l, d, x_stride_l,
+            dy_stride_l, dx_stride_l, channels, inside, True, CARRIED, WIDTH, ROWS, 2, 1,
         )  # fmt: skip
-    _walk(
-        history, unfinished, dweights, dbias, document, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr,
-        dbefore_ptr, first + ROWS, own, l, d, x_stride_l, dy_stride_l, dx_stride_l, channels, inside,
-        False, PACKED, CARRIED, WIDTH, WIDTH - 1,
-    )  # fmt: skip
+    else:
+        dweights, dbias = _backward_rows(
+            history, weights, bias, zero, x_ptr, dy_ptr, ids_ptr, dx_ptr, dbefore_ptr, first, l, d, x_stride_l,
+            dy_stride_l, dx_stride_l, channels, inside, False, CARRIED, WIDTH, ROWS, GROUP, STAGES,
+        )  # fmt: skip
     sums_ptr += (b * tl.num_programs(1) + tl.program_id(1)) * (WIDTH + 1) * d
     for back in tl.static_range(WIDTH):
         tl.store(sums_ptr + (WIDTH - 1 - back) * d + channels, dweights[back], mask=inside)

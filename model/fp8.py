@@ -85,14 +85,18 @@ class Scales:
         most = [torch.finfo(DTYPE[role]).max / HEADROOM[role] for role in ROLES]
         self.most = torch.tensor(most, device=largest.device)
         self.largest, self.seen = largest, seen
-        self.scale = power_of_two(largest, self.most)
-        # each with three others behind it: cuBLAS wants a scale at a multiple of 16 bytes
-        self.inverse = (1 / self.scale)[..., None].repeat(1, 1, 4)
+        # each number at an address of 16 bytes, or cuBLASLt refuses it
+        self.scale, self.inverse = torch.ones(2, *largest.shape, 4, device=largest.device)[..., 0]
+        self._set()
         # single numbers, as the kernels take them; they follow the tensors
         self.places = [
-            {role: (self.scale[i, r], self.inverse[i, r, 0], self.seen[i, r]) for r, role in enumerate(ROLES)}
+            {role: tuple(t[i, r] for t in (self.scale, self.inverse, self.seen)) for r, role in enumerate(ROLES)}
             for i in range(self.n_products)
         ]
+
+    def _set(self):
+        self.scale.copy_(power_of_two(self.largest, self.most))
+        self.inverse.copy_(1 / self.scale)
 
     def place(self, index, role, device):
         """(scale, its inverse, seen) of a factor, on the device that the model is on by now."""
@@ -113,8 +117,7 @@ class Scales:
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         self.largest.mul_(FORGET)
         torch.maximum(self.largest, seen, out=self.largest)
-        self.scale.copy_(power_of_two(self.largest, self.most))
-        self.inverse.copy_((1 / self.scale)[..., None])
+        self._set()
         self.seen.zero_()
         self.steps += 1
 

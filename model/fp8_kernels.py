@@ -13,11 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
-# of the tile that a program casts, 4 warps; chosen on an H200
-CAST_TILE = (128, 64)
-SWIGLU_TILE = (4, 1024)
-SWIGLU_BACKWARD_TILE = (64, 64)
-WARPS = 4
+# rows and columns of a program's tile, and warps; chosen on an H200
+CAST = dict(ROWS=128, COLUMNS=128, num_warps=8)
+SWIGLU = dict(ROWS=16, COLUMNS=256, num_warps=4)
+SWIGLU_BACKWARD = dict(ROWS=64, COLUMNS=64, num_warps=4)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on the CPU, for tests
+WORD = """{{
+.reg .b16 low, high;
+cvt.rn.satfinite.{0}x2.f32 low, $2, $1;
+cvt.rn.satfinite.{0}x2.f32 high, $4, $3;
+mov.b32 $0, {{low, high}};
+}}"""
+E4M3_WORD, E5M2_WORD = tl.constexpr(WORD.format("e4m3")), tl.constexpr(WORD.format("e5m2"))
 ANY_ALIGNMENT = ["scale_ptr", "seen_ptr"]  # or each product would compile its own
 
 
@@ -33,9 +40,25 @@ def _raise(seen_ptr, most):
 
 
 @triton.jit
-def _byte(y, i: tl.constexpr):
+def _byte(y, dtype: tl.constexpr, i: tl.constexpr):
     """An 8-bit float as byte i of a 32-bit word."""
-    return y.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * i)
+    return y.to(dtype).to(tl.uint8, bitcast=True).to(tl.int32) << (8 * i)
+
+
+@triton.jit
+def _words(ys, dtype: tl.constexpr):
+    """Four tensors as 8-bit floats side by side in 32-bit words, the first in the lowest byte.
+
+    In PTX, since ptxas 12.8 reads the stack pointer's bits in place of some bytes if an 8-bit float is stored and
+    shifted.
+    """
+    if INTERPRETED:
+        words = _byte(ys[0], dtype, 0) | _byte(ys[1], dtype, 1) | _byte(ys[2], dtype, 2) | _byte(ys[3], dtype, 3)
+    elif dtype == tl.float8e5:
+        words = tl.inline_asm_elementwise(E5M2_WORD, "=r,f,f,f,f", ys, dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        words = tl.inline_asm_elementwise(E4M3_WORD, "=r,f,f,f,f", ys, dtype=tl.int32, is_pure=True, pack=1)
+    return words
 
 
 @triton.jit
@@ -56,17 +79,21 @@ def _cast_kernel(
     first = tl.program_id(1) * ROWS
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.load(scale_ptr)
-    most = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.float32)
-    packed = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.int32)
+    row = (first + tl.arange(0, ROWS // 4) * 4).to(tl.int64)[:, None]  # the first of each four
+    inside = (row < n_rows) & (columns < n_columns)[None, :]
+    xs = ()  # all of them are under way before the first store, which no load may overtake
     for i in tl.static_range(4):
-        row = (first + tl.arange(0, ROWS // 4) * 4 + i).to(tl.int64)[:, None]
-        inside = (row < n_rows) & (columns < n_columns)[None, :]
-        x = tl.load(x_ptr + row * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        xs += (tl.load(x_ptr + (row + i) * stride_x + columns[None, :], mask=inside, other=0.0),)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    most = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.float32)
+    ys = ()
+    for i in tl.static_range(4):
+        x = xs[i].to(tl.float32)
         most = tl.maximum(most, tl.abs(x))
-        y = _scaled(x, scale).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * stride_out + columns[None, :], y, mask=inside)
-        packed |= _byte(y, i)
-    _store_turned(turned_ptr, packed, first, columns, n_rows, n_columns, stride_turned, ROWS)
+        y = _scaled(x, scale)
+        tl.store(out_ptr + (row + i) * stride_out + columns[None, :], y.to(dtype), mask=inside)
+        ys += (y,)
+    _store_turned(turned_ptr, _words(ys, dtype), first, columns, n_rows, n_columns, stride_turned, ROWS)
     _raise(seen_ptr, most)
 
 
@@ -75,13 +102,15 @@ def cast(x, out, turned, scale, seen):
 
     scale, seen: float32, one element each.
     """
-    n_rows, n_columns = x.shape
-    rows, columns = CAST_TILE
     with torch.cuda.device_of(x):
-        _cast_kernel[(triton.cdiv(n_columns, columns), triton.cdiv(n_rows, rows))](
-            x, out, turned, scale, seen, n_rows, n_columns, x.stride(0), out.stride(0), turned.stride(0),
-            ROWS=rows, COLUMNS=columns, num_warps=WARPS,
-        )  # fmt: skip
+        _cast_kernel[grid(x, CAST)](
+            x, out, turned, scale, seen, *x.shape, x.stride(0), out.stride(0), turned.stride(0), **CAST
+        )
+
+
+def grid(x, tile):
+    """Programs of that tile over x; those of a row are neighbours."""
+    return triton.cdiv(x.shape[1], tile["COLUMNS"]), triton.cdiv(x.shape[0], tile["ROWS"])
 
 
 @triton.jit(do_not_specialize_on_alignment=ANY_ALIGNMENT)
@@ -103,12 +132,8 @@ def _swiglu_kernel(
 
 def swiglu(gate_up, out, scale, seen):
     """gate_up (n, 2 f), gate first -> out (n, f), of an 8-bit dtype: silu(gate) * up; all of them contiguous."""
-    n_rows, n_columns = out.shape
-    rows, columns = SWIGLU_TILE
     with torch.cuda.device_of(out):
-        _swiglu_kernel[(triton.cdiv(n_columns, columns), triton.cdiv(n_rows, rows))](
-            gate_up, out, scale, seen, n_rows, n_columns, ROWS=rows, COLUMNS=columns, num_warps=WARPS
-        )
+        _swiglu_kernel[grid(out, SWIGLU)](gate_up, out, scale, seen, *out.shape, **SWIGLU)
 
 
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr", "seen_ptr", "h_scale_ptr"])
@@ -120,33 +145,36 @@ def _swiglu_backward_kernel(
     first = tl.program_id(1) * ROWS
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale, h_scale = tl.load(scale_ptr), tl.load(h_scale_ptr)
-    most = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.float32)
-    hs = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.int32)
-    dgates = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.int32)
-    dups = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.int32)
+    row = (first + tl.arange(0, ROWS // 4) * 4).to(tl.int64)[:, None]
+    inside = (row < n_rows) & (columns < n_columns)[None, :]
+    dhs, gates, ups = (), (), ()
     for i in tl.static_range(4):
-        row = (first + tl.arange(0, ROWS // 4) * 4 + i).to(tl.int64)[:, None]
-        inside = (row < n_rows) & (columns < n_columns)[None, :]
-        at = row * (2 * n_columns) + columns[None, :]
-        dh = tl.load(dh_ptr + row * n_columns + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gate_up_ptr + at + n_columns, mask=inside, other=0.0).to(tl.float32)
+        at = (row + i) * (2 * n_columns) + columns[None, :]
+        dhs += (tl.load(dh_ptr + (row + i) * n_columns + columns[None, :], mask=inside, other=0.0),)
+        gates += (tl.load(gate_up_ptr + at, mask=inside, other=0.0),)
+        ups += (tl.load(gate_up_ptr + at + n_columns, mask=inside, other=0.0),)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    most = tl.zeros((ROWS // 4, COLUMNS), dtype=tl.float32)
+    hs, dgates, dups = (), (), ()
+    for i in tl.static_range(4):
+        dh, gate, up = dhs[i].to(tl.float32), gates[i].to(tl.float32), ups[i].to(tl.float32)
+        at = (row + i) * (2 * n_columns) + columns[None, :]
         s = tl.sigmoid(gate)
         silu = gate * s
         dgate = dh * up * (s + silu * (1.0 - s))
         dup = dh * silu
         most = tl.maximum(most, tl.maximum(tl.abs(dgate), tl.abs(dup)))
-        dgate = _scaled(dgate, scale).to(out_ptr.dtype.element_ty)
-        dup = _scaled(dup, scale).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, dgate, mask=inside)
-        tl.store(out_ptr + at + n_columns, dup, mask=inside)
-        dgates |= _byte(dgate, i)
-        dups |= _byte(dup, i)
-        hs |= _byte(_scaled(silu * up, h_scale).to(h_turned_ptr.dtype.element_ty), i)
-    _store_turned(turned_ptr, dgates, first, columns, n_rows, n_columns, n_rows, ROWS)
+        dgate, dup = _scaled(dgate, scale), _scaled(dup, scale)
+        tl.store(out_ptr + at, dgate.to(dtype), mask=inside)
+        tl.store(out_ptr + at + n_columns, dup.to(dtype), mask=inside)
+        hs += (_scaled(silu * up, h_scale),)
+        dgates += (dgate,)
+        dups += (dup,)
+    _store_turned(turned_ptr, _words(dgates, dtype), first, columns, n_rows, n_columns, n_rows, ROWS)
     turned_ptr += n_columns.to(tl.int64) * n_rows
-    _store_turned(turned_ptr, dups, first, columns, n_rows, n_columns, n_rows, ROWS)
-    _store_turned(h_turned_ptr, hs, first, columns, n_rows, n_columns, n_rows, ROWS)
+    _store_turned(turned_ptr, _words(dups, dtype), first, columns, n_rows, n_columns, n_rows, ROWS)
+    h_words = _words(hs, h_turned_ptr.dtype.element_ty)
+    _store_turned(h_turned_ptr, h_words, first, columns, n_rows, n_columns, n_rows, ROWS)
     _raise(seen_ptr, most)
 
 
@@ -155,10 +183,7 @@ def swiglu_backward(dh, gate_up, h_turned, out, turned, h_scale, scale, seen):
 
     h_scale: what swiglu took as its scale. All contiguous; n is a multiple of 16.
     """
-    n_rows, n_columns = dh.shape
-    rows, columns = SWIGLU_BACKWARD_TILE
     with torch.cuda.device_of(dh):
-        _swiglu_backward_kernel[(triton.cdiv(n_columns, columns), triton.cdiv(n_rows, rows))](
-            dh, gate_up, h_turned, out, turned, h_scale, scale, seen, n_rows, n_columns,
-            ROWS=rows, COLUMNS=columns, num_warps=WARPS,
-        )  # fmt: skip
+        _swiglu_backward_kernel[grid(dh, SWIGLU_BACKWARD)](
+            dh, gate_up, h_turned, out, turned, h_scale, scale, seen, *dh.shape, **SWIGLU_BACKWARD
+        )

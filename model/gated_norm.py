@@ -13,6 +13,7 @@ from model.convolution import by_rows, sigmoid
 FORWARD = {"BLOCK_R": 1, "TILES": 1, "num_warps": 16}
 BACKWARD = {"BLOCK_R": 1, "TILES": 64, "STAGES": 3, "num_warps": 8}
 CHANNELS = 4096
+PROGRAMS = 512  # as many, at least, before one takes several tiles
 
 
 @torch.compiler.disable
@@ -39,7 +40,7 @@ def norm_forward(x, z, weight, n_groups, eps, config=FORWARD):
     x, z = in_rows(x), in_rows(z)
     y = torch.empty(b, l, d, device=x.device, dtype=z.dtype)
     scales = torch.empty(b, l, g, device=x.device, dtype=torch.float32)
-    config = fitting(config, d // g, x.element_size())
+    config = fitting(config, b * l, d // g, x.element_size())
     grid = triton.cdiv(b * l, config["BLOCK_R"] * config["TILES"]), g
     with torch.cuda.device_of(x):
         _gated_norm_forward_kernel[grid](
@@ -55,7 +56,7 @@ def norm_backward(dy, x, z, weight, scales, dz=None, config=BACKWARD):
     if dz is None:
         dz = torch.empty(b, l, d, device=z.device, dtype=z.dtype)
     dy, x, z, dz_rows = in_rows(dy), in_rows(x), in_rows(z), dz.flatten(0, 1)
-    config = fitting(config, d // g, x.element_size())
+    config = fitting(config, b * l, d // g, x.element_size())
     programs = triton.cdiv(b * l, config["BLOCK_R"] * config["TILES"])
     dweights = torch.empty(programs, d, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -71,15 +72,16 @@ def in_rows(x):
     return by_rows(x.flatten(0, 1))
 
 
-def fitting(config, group, element):
-    """A config for groups of so many channels of `element` bytes: as many values of a tile, and a warp, where it can
-    be, and tiles under way in 48 KiB of shared memory."""
+def fitting(config, n, group, element):
+    """A config for n rows, in groups of so many channels of `element` bytes: as many values of a tile, and of a warp,
+    where it can be, fewer tiles where programs would be few, and those under way in 48 KiB of shared memory."""
     block = triton.next_power_of_2(group)
-    config = {**config, "BLOCK_R": max(config["BLOCK_R"] * CHANNELS // block, 1), "BLOCK_D": block}
+    rows = max(config["BLOCK_R"] * CHANNELS // block, 1)
+    config = {**config, "BLOCK_R": rows, "BLOCK_D": block}
+    config["TILES"] = min(config["TILES"], triton.next_power_of_2(triton.cdiv(n, rows * PROGRAMS)))
     config["num_warps"] = min(config["num_warps"] * max(block // CHANNELS, 1), 32)
     if "STAGES" in config:
-        tile = 3 * config["BLOCK_R"] * block * element
-        config["STAGES"] = min(config["STAGES"], 1 + 48 * 1024 // tile)
+        config["STAGES"] = min(config["STAGES"], 1 + 48 * 1024 // (3 * rows * block * element))
     return config
 
 

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-BACKWARD_CHUNK = 128  # positions between two states that the backward pass starts from
+from model.scan_backward import scan_backward
+from model.tiles import has_copy_engine, load_tile, store_tile, tiles
+
+BACKWARD_CHUNK = 64  # positions between two states that the backward pass starts from
 PRECISION = tl.constexpr("tf32x3")  # float32 factors in three TF32 parts each: products near float32
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -35,8 +37,6 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dlast):
-        from model.scan_backward import scan_backward
-
         x, dt, A, B, C, D, document_ids, initial_state = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy
         steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
@@ -54,23 +54,23 @@ def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
     n = B.shape[-1]
     plan = plan or plan_for(x, n)
     chunk, block_p, block_n = plan.chunk, plan.block_p, padded(n)
-    steps, cum = decays(dt, A, chunk, document_ids)
+    keys, cum = decays(dt, A, chunk, document_ids, keys=True)
     first = document_starts(document_ids, chunk)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last = torch.empty(b, h, n, p, device=x.device, dtype=torch.float32)
-    x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan)
-    y_out, y_strides = tiles(y.transpose(1, 2), chunk, block_p, plan)
-    B_in, B_strides = tiles(B.transpose(1, 2), chunk, block_n, plan)
-    C_in, C_strides = tiles(C.transpose(1, 2), chunk, block_n, plan)
-    (steps_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan) for t in (steps, cum))
-    first_in, first_strides = (None, None) if first is None else tiles(first[:, None], 1, chunk, plan)
+    x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan.copies)
+    y_out, y_strides = tiles(y.transpose(1, 2), chunk, block_p, plan.copies)
+    B_in, B_strides = tiles(B.transpose(1, 2), chunk, block_n, plan.copies)
+    C_in, C_strides = tiles(C.transpose(1, 2), chunk, block_n, plan.copies)
+    (keys_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan.copies) for t in (keys, cum))
+    first_in, first_strides = (None, None) if first is None else tiles(first[:, None], 1, chunk, plan.copies)
     with torch.cuda.device_of(x):
         _scan_kernel[(b * h, triton.cdiv(p, block_p))](
-            x_in, B_in, C_in, y_out, steps_in, cum_in, first_in,
+            x_in, B_in, C_in, y_out, keys_in, cum_in, first_in,
             x_strides, B_strides, C_strides, y_strides, chunk_strides, first_strides,
-            D.contiguous(), cum, first, contiguous_float(initial_state), last, l, h, h // B.shape[2], steps.shape[2],
+            D.contiguous(), cum, first, contiguous_float(initial_state), last, l, h, h // B.shape[2], keys.shape[2],
             P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages,
-            num_warps=plan.warps, maxnreg=plan.registers,
+            DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")), num_warps=plan.warps,
         )  # fmt: skip
     return y, last
 
@@ -83,16 +83,15 @@ def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, pla
     block_p, block_n = plan.block_p, padded(n)
     first = document_starts(document_ids, chunk)
     entering = torch.empty(b, n_chunks, h, p, n, device=x.device, dtype=x.dtype)
-    x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan)
-    B_in, B_strides = tiles(B.transpose(1, 2), chunk, block_n, plan)
-    entering_out, entering_strides = tiles(entering.flatten(0, 1), block_p, block_n, plan)
-    (steps_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan) for t in (steps, cum))
+    x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan.copies)
+    B_in, B_strides = tiles(B.transpose(1, 2), chunk, block_n, plan.copies)
+    entering_out, entering_strides = tiles(entering.flatten(0, 1), block_p, block_n, plan.copies)
+    (steps_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan.copies) for t in (steps, cum))
     with torch.cuda.device_of(x):
         _scan_entering_kernel[(b * h, triton.cdiv(p, block_p))](
             x_in, B_in, entering_out, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
             cum, first, contiguous_float(initial_state), l, h, h // B.shape[2], n_chunks,
-            P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages,
-            num_warps=plan.warps, maxnreg=plan.registers,
+            P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages, num_warps=plan.warps,
         )  # fmt: skip
     return entering
 
@@ -104,23 +103,26 @@ class Plan(NamedTuple):
     block_p: int
     warps: int = 4
     stages: int = 2
-    registers: int | None = None  # the most a thread may have
-    copies: bool = True  # tiles are moved by the GPU's copy engine (Hopper and newer)
+    copies: bool = True  # by the copy engine, into much shared memory
 
 
 def plan_for(x, n, chunk=None):
-    """chunk: of `decays`, where it is given; else the forward pass's own."""
+    """chunk: of the states that the backward pass starts from; the forward pass has its own. Found on an H200."""
     b, _, h, p = x.shape
     half = x.element_size() == 2
-    most = 8192 if half else 4096 if chunk is None else 2048  # numbers of a state that registers hold beside the rest
-    block_p = min(padded(p), max(16, most // padded(n)))
-    processors, copies = 132, True
+    # The part of a state that a program's registers hold beside the rest
+    block_p = min(padded(p), max(16, (8192 if half else 4096 if chunk is None else 2048) // padded(n)))
+    processors, memory = 132, 227 * 1024
     if x.is_cuda:
         properties = torch.cuda.get_device_properties(x.device)
-        processors, copies = properties.multi_processor_count, properties.major >= 9
-    while block_p > 16 and b * h * triton.cdiv(p, block_p) < processors:
-        block_p //= 2  # rows of few heads would leave most of the GPU idle
-    return Plan(chunk or (64 if half else 16), block_p, warps=4 if half else 8, copies=copies)
+        processors, memory = properties.multi_processor_count, properties.shared_memory_per_block_optin
+    copies = has_copy_engine(x.device) and memory > 160 * 1024
+    # Rows of few heads: smaller parts of them, as long as each has a multiprocessor, and its memory, to itself
+    while block_p > (32 if chunk is None else 64) and 2 * b * h * triton.cdiv(p, block_p) <= processors:
+        block_p //= 2
+    alone = b * h * triton.cdiv(p, block_p) <= processors
+    stages = 3 if half and copies and (chunk is not None or (alone and n <= 128)) else 2
+    return Plan(chunk or (64 if half else 16), block_p, 4 if half and copies else 8, stages, copies=copies)
 
 
 def padded(size):
@@ -128,28 +130,15 @@ def padded(size):
     return max(triton.next_power_of_2(size), 16)
 
 
-def tiles(tensor, rows, columns, plan):
-    """A tensor of four dimensions as kernels read and write it, in tiles of its last two: what it is, and its strides.
-
-    For the copy engine that is a descriptor, without strides; it takes whole multiples of 16 bytes.
-    """
-    each = 16 // tensor.element_size()
-    uneven = tensor.data_ptr() % 16 or any(stride % each for stride in tensor.stride()[:-1])
-    if tensor.stride(-1) != 1 or (plan.copies and uneven):
-        tensor = tensor.contiguous()
-    if plan.copies:
-        return TensorDescriptor.from_tensor(tensor, [1, 1, rows, columns]), None
-    return tensor, tensor.stride()[:3]
-
-
 def contiguous_float(tensor):
     return None if tensor is None else tensor.float().contiguous()
 
 
-def decays(dt, A, chunk, document_ids):
+def decays(dt, A, chunk, document_ids, keys=False):
     """dt (b, l, h) in chunks, (b, h, c, q), and dt * A summed up from the start of its chunk or document, likewise.
 
-    The positions that fill up the last chunk have dt = 0.
+    The positions that fill up the last chunk have dt = 0. keys: the sums as powers of two, and for dt those sums less
+    log2(dt), so that 2^(cum_i - key_j) is the decay from j to i times dt_j.
     """
     b, l, h = dt.shape
     n_chunks, block_h = triton.cdiv(l, chunk), min(16, triton.next_power_of_2(h))
@@ -160,7 +149,7 @@ def decays(dt, A, chunk, document_ids):
     with torch.cuda.device_of(dt):
         _scan_decays_kernel[(b * n_chunks, triton.cdiv(h, block_h))](
             dt, A, document_ids, steps, cum, l, h, n_chunks, chunk, *dt.stride(),
-            PACKED=document_ids is not None, BLOCK_H=block_h, BLOCK_Q=triton.next_power_of_2(chunk),
+            PACKED=document_ids is not None, KEYS=keys, BLOCK_H=block_h, BLOCK_Q=triton.next_power_of_2(chunk),
         )  # fmt: skip
     return steps, cum
 
@@ -173,7 +162,7 @@ def _join(begins_a, sum_a, begins_b, sum_b):
 @triton.jit
 def _scan_decays_kernel(
     dt_ptr, A_ptr, ids_ptr, steps_ptr, cum_ptr, l, h, n_chunks, chunk_size, stride_b, stride_l, stride_h,
-    PACKED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
+    PACKED: tl.constexpr, KEYS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     b, c = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -196,6 +185,9 @@ def _scan_decays_kernel(
         _, cum = tl.associative_scan((begins, log_decay), 1, _join)
     else:
         cum = tl.cumsum(log_decay, 1)
+    if KEYS:
+        cum *= LOG2E
+        dt = tl.where(dt > 0, cum - tl.log2(tl.where(dt > 0, dt, 1.0)), float("inf"))
     out = ((b * h + heads[:, None]).to(tl.int64) * n_chunks + c) * chunk_size + q[None, :]
     mask = (heads[:, None] < h) & (q[None, :] < chunk_size)
     tl.store(steps_ptr + out, dt, mask=mask)
@@ -235,47 +227,29 @@ def _scan_starts_kernel(ids_ptr, first_ptr, l, n_chunks, Q: tl.constexpr):
 
 
 @triton.jit
-def _load(tensor, strides, b, i, row, column, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows from `row` and columns from `column` of tensor[b, i], zeros beyond its edges. See `tiles`."""
-    if strides is None:
-        tile = tensor.load([b, i, row, column]).reshape(ROWS, COLUMNS)
-    else:
-        at, inside = _places(strides, b, i, row, column, height, width, ROWS, COLUMNS)
-        tile = tl.load(tensor + at, mask=inside, other=0.0)
-    return tile
-
-
-@triton.jit
-def _store(tensor, strides, b, i, row, column, height, width, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    if strides is None:
-        tensor.store([b, i, row, column], tile.reshape(1, 1, ROWS, COLUMNS))
-    else:
-        at, inside = _places(strides, b, i, row, column, height, width, ROWS, COLUMNS)
-        tl.store(tensor + at, tile, mask=inside)
-
-
-@triton.jit
-def _places(strides, b, i, row, column, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = (row + rows < height)[:, None] & (column + columns < width)[None, :]
-    start = tl.cast(b, tl.int64) * strides[0] + tl.cast(i, tl.int64) * strides[1] + tl.cast(row, tl.int64) * strides[2]
-    return start + column + (rows[:, None] * strides[2] + columns[None, :]), inside
+def _at_end(c, Q: tl.constexpr, cum_ptr, first_ptr):
+    """cum and first of the last position of chunk c."""
+    first = -1
+    if first_ptr is not None:
+        first = tl.load(first_ptr + c * Q + Q - 1)
+    return tl.load(cum_ptr + c * Q + Q - 1), first
 
 
 @triton.jit
 def _scan_kernel(
-    x_in, B_in, C_in, y_out, steps_in, cum_in, first_in,
+    x_in, B_in, C_in, y_out, keys_in, cum_in, first_in,
     x_strides, B_strides, C_strides, y_strides, chunk_strides, first_strides,
     D_ptr, cum_ptr, first_ptr, initial_ptr, last_ptr, l, h, heads_of_group, n_chunks,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """With a_i the decay from the chunk's (or the document's) start to i, and S the state (n, p) that enters:
+    """With 2^cum_i the decay from the chunk's (or the document's) start to i, key_j = cum_j - log2(dt_j), and S the
+    state (n, p) that enters:
 
-    y_i = a_i C_i S + sum over j <= i of (C_i . B_j) (a_i / a_j) dt_j x_j + D x_i
-    S <- a_last S + sum over j of (a_last / a_j) dt_j B_j x_j^T
+    y_i = 2^cum_i C_i S + sum over j <= i of 2^(cum_i - key_j) (C_i . B_j) x_j + D x_i
+    S <- 2^cum_last S + sum over j of 2^(cum_last - key_j) B_j x_j^T
 
-    where each sum and each S is of one document. What is not, is multiplied by exp2(-inf), which is exactly 0.
+    where each sum and each S is of one document. What is not, is replaced by 0 or multiplied by 2^-inf, exactly 0.
     """
     b, head = tl.program_id(0) // h, tl.program_id(0) % h
     group, channel = head // heads_of_group, tl.program_id(1) * BLOCK_P
@@ -291,31 +265,35 @@ def _scan_kernel(
         p = channel + tl.arange(0, BLOCK_P)
         at = initial_ptr + row * N * P + n[:, None] * P + p[None, :]
         state = tl.load(at, mask=(n[:, None] < N) & (p[None, :] < P), other=0.0)
+    # What is one number for a chunk is read a chunk ahead: the loop's pipeline would take barriers for it.
+    cum_next, first_next = _at_end(0, Q, cum_ptr, first_ptr)
     # Each load stands where its value is first wanted: earlier, it would hold registers that the products need.
     for c in tl.range(0, n_chunks, num_stages=STAGES):
-        start = c * Q
-        B = _load(B_in, B_strides, b, group, start, 0, l, N, Q, BLOCK_N)
-        C = _load(C_in, C_strides, b, group, start, 0, l, N, Q, BLOCK_N)
+        start, cum_last, last_first = c * Q, cum_next, first_next
+        cum_next, first_next = _at_end(tl.minimum(c + 1, n_chunks - 1), Q, cum_ptr, first_ptr)
+        entering = state.to(DTYPE)
+        C = load_tile(C_in, C_strides, b, group, start, 0, l, N, Q, BLOCK_N)
+        B = load_tile(B_in, B_strides, b, group, start, 0, l, N, Q, BLOCK_N)
+        y = tl.dot(C, entering, input_precision=PRECISION)
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-        y = tl.dot(C, state.to(C.dtype), input_precision=PRECISION)
-        cum = _load(cum_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q) * LOG2E
-        cum_last = tl.load(cum_ptr + start + Q - 1) * LOG2E
-        kept, decay_in, decay_out, decay_chunk = causal, cum, cum_last - cum, cum_last
+        cum = load_tile(cum_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
+        keys = load_tile(keys_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
+        decay_in, decay_out, decay_chunk = cum, cum_last - keys, cum_last
         if first_ptr is not None:
-            first = _load(first_in, first_strides, b, 0, c, 0, n_chunks, Q, 1, Q).reshape(Q)
-            last_first = tl.load(first_ptr + start + Q - 1)
-            kept = kept & (q[None, :] >= first[:, None])
+            first = load_tile(first_in, first_strides, b, 0, c, 0, n_chunks, Q, 1, Q).reshape(Q)
             decay_in = tl.where(first < 0, decay_in, -float("inf"))
             decay_out = tl.where(q >= last_first, decay_out, -float("inf"))
             decay_chunk = tl.where(last_first < 0, decay_chunk, -float("inf"))
-        steps = _load(steps_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
         y *= tl.exp2(decay_in)[:, None]
-        scores *= tl.exp2(tl.where(kept, cum[:, None] - cum[None, :], -float("inf"))) * steps[None, :]
-        x = _load(x_in, x_strides, b, head, start, channel, l, P, Q, BLOCK_P)
-        y = tl.dot(scores.to(x.dtype), x, y, input_precision=PRECISION)
+        scores *= tl.exp2(tl.where(causal, cum[:, None] - keys[None, :], -float("inf")))
+        if first_ptr is not None:  # noqa: SIM102  # settled when the kernel is compiled; the next, at each chunk
+            if last_first >= 0:  # a document begins in it: few do
+                scores = tl.where(q[None, :] >= first[:, None], scores, 0.0)
+        x = load_tile(x_in, x_strides, b, head, start, channel, l, P, Q, BLOCK_P)
+        y = tl.dot(scores.to(DTYPE), x, y, input_precision=PRECISION)
         y += D * x
-        _store(y_out, y_strides, b, head, start, channel, l, P, y.to(x.dtype), Q, BLOCK_P)
-        fed = (x * (steps * tl.exp2(decay_out))[:, None]).to(x.dtype)
+        store_tile(y_out, y_strides, b, head, start, channel, l, P, y.to(DTYPE), Q, BLOCK_P)
+        fed = (x * tl.exp2(decay_out)[:, None]).to(DTYPE)
         state = tl.dot(tl.trans(B), fed, state * tl.exp2(decay_chunk), input_precision=PRECISION)
     p = channel + tl.arange(0, BLOCK_P)
     at = last_ptr + row * N * P + n[:, None] * P + p[None, :]
@@ -342,20 +320,20 @@ def _scan_entering_kernel(
         p, n = channel + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
         at = initial_ptr + row * N * P + n[None, :] * P + p[:, None]
         state = tl.load(at, mask=(n[None, :] < N) & (p[:, None] < P), other=0.0)
+    cum_next, first_next = _at_end(0, Q, cum_ptr, first_ptr)
     for c in tl.range(0, n_chunks, num_stages=STAGES):
-        start = c * Q
-        cum = _load(cum_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
-        steps = _load(steps_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
-        cum_last = tl.load(cum_ptr + start + Q - 1)
+        start, cum_last, last_first = c * Q, cum_next, first_next
+        cum_next, first_next = _at_end(tl.minimum(c + 1, n_chunks - 1), Q, cum_ptr, first_ptr)
+        cum = load_tile(cum_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
+        steps = load_tile(steps_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
         decay_out, decay_chunk = (cum_last - cum) * LOG2E, cum_last * LOG2E
         if first_ptr is not None:
-            last_first = tl.load(first_ptr + start + Q - 1)
             decay_out = tl.where(q >= last_first, decay_out, -float("inf"))
             decay_chunk = tl.where(last_first < 0, decay_chunk, -float("inf"))
-        x = _load(x_in, x_strides, b, head, start, channel, l, P, Q, BLOCK_P)
+        x = load_tile(x_in, x_strides, b, head, start, channel, l, P, Q, BLOCK_P)
         fed = (x * (steps * tl.exp2(decay_out))[:, None]).to(x.dtype)
-        _store(
+        store_tile(
             entering, entering_strides, b * n_chunks + c, head, channel, 0, P, N, state.to(x.dtype), BLOCK_P, BLOCK_N
         )
-        B = _load(B_in, B_strides, b, group, start, 0, l, N, Q, BLOCK_N)
+        B = load_tile(B_in, B_strides, b, group, start, 0, l, N, Q, BLOCK_N)
         state = tl.dot(tl.trans(fed), B, state * tl.exp2(decay_chunk), input_precision=PRECISION)

@@ -122,6 +122,13 @@ def test_scales_follow_the_steps_before_and_forget_them_slowly():
     assert scales.largest[0, 0] < 100 and scales.largest.isfinite().all()
 
 
+def test_scales_lie_where_cublaslt_reads_them():
+    scales = Scales(3, 3)
+    assert not any(
+        number.data_ptr() % 16 for roles in scales.places for s, i, _ in roles.values() for number in (s, i)
+    )
+
+
 def test_first_steps_scale_by_the_factors_themselves():
     module, scales = linear([draw(16, 32)], 32, steps=0)
     x = draw(16, 32)
@@ -143,12 +150,12 @@ def test_what_is_not_a_number_reaches_every_gradient(steps, bad):
     model = make_model()
     model.scales.steps = steps
 
-    def poisoned(module, gradients, dy):
-        gradient = gradients[0].clone()
+    def poisoned(gradient):
+        gradient = gradient.clone()
         gradient[0, 5, 3] = bad
-        return gradient, gradient  # of both that it adds
+        return gradient
 
-    model.norm.register_full_backward_hook(poisoned)
+    model.layers[-1].mlp.register_forward_hook(lambda module, given, y: y.register_hook(poisoned) and None)
     gradients = backward(model)
     assert gradients[0].isfinite()
     for name, gradient in zip(dict(model.named_parameters()), gradients[1:], strict=True):

@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # deterministic mode warns of each operation that has no such form
 ]
 
-LENGTHS = [1, 2, 63, 64, 65, 255, 256, 257, 1000]  # around 64 and the chunk of 256
+LENGTHS = [1, 2, 63, 64, 65, 255, 256, 257, 1000]  # around multiples of 64, a chunk of the scan
 STARTS = [[0, 5, 64, 70, 256, 300, 511, 700], [0, 63, 65, 255, 257, 768]]  # of documents, on and off chunk edges
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2e-2}
@@ -45,10 +45,7 @@ SHAPE = ModelConfig(
 
 @pytest.fixture(scope="session")
 def fused():
-    torch.use_deterministic_algorithms(True, warn_only=True)  # mamba_ssm then tries one tile size, not nine
-    ops = load_ops("fused")
-    torch.use_deterministic_algorithms(False)
-    return ops
+    return load_ops("fused")
 
 
 @pytest.fixture
@@ -139,6 +136,14 @@ def test_scan_equals_its_twin(fused, deterministic, l, dtype, packed, g):
     assert_same(scan(fused), scan(reference), inputs, dtype)
     without_start = [lambda *t, ops=ops: ops.ssd(*t, 256, ids)[0] for ops in (fused, reference)]
     assert_same(*without_start, inputs[:-1], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p, n", [(16, 16), (128, 48), (48, 256)])
+def test_scan_of_other_widths_equals_its_twin(fused, deterministic, p, n, dtype):
+    ids = Packing(document_ids(257)).document_ids
+    scans = [lambda *t, ops=ops: ops.ssd(*t[:6], 256, ids, t[6]) for ops in (fused, reference)]
+    assert_same(*scans, [*scan_inputs(257, 2, p=p, n=n), draw(2, 4, n, p, seed=5)], dtype)
 
 
 @pytest.mark.parametrize("packed", [False, True])

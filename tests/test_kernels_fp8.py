@@ -1,18 +1,12 @@
 """The kernels that write 8-bit floats equal their twins in plain PyTorch; here in Triton's interpreter."""
 
-import os
-
+import interpreted  # isort: skip  # before the kernels
 import numpy as np
 import pytest
 import torch
 
-if torch.cuda.is_available():
-    pytest.skip("tests/test_gpu.py runs the compiled kernels", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-triton = pytest.importorskip("triton")
-
-from model import fp8, fp8_kernels, fp8_reference  # noqa: E402
-from model.fp8 import CURRENT_STEPS  # noqa: E402
+from model import fp8, fp8_kernels, fp8_reference
+from model.fp8 import CURRENT_STEPS
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -20,9 +14,8 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 @pytest.fixture(autouse=True)
 def conversion_of_the_gpu(monkeypatch):
     """The interpreter of Triton 3.6 makes 16 of 31.05, and a number of NaN, where a GPU rounds and saturates."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dtypes, convert = {"fp8e4nv": E4M3, "fp8e5": E5M2}, InterpreterBuilder.create_fp_to_fp
+    builder, dtypes = interpreted.interpreter.InterpreterBuilder, {"fp8e4nv": E4M3, "fp8e5": E5M2}
+    convert = builder.create_fp_to_fp
 
     def create_fp_to_fp(self, source, wanted, rounding):
         dtype = dtypes.get(wanted.scalar.name)
@@ -30,9 +23,9 @@ def conversion_of_the_gpu(monkeypatch):
             return convert(self, source, wanted, rounding)
         most = torch.finfo(dtype).max
         values = torch.from_numpy(np.array(source.data, dtype=np.float32)).clamp(-most, most).to(dtype)
-        return TensorHandle(values.view(torch.uint8).numpy(), wanted.scalar)
+        return interpreted.interpreter.TensorHandle(values.view(torch.uint8).numpy(), wanted.scalar)
 
-    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp)
+    monkeypatch.setattr(builder, "create_fp_to_fp", create_fp_to_fp)
 
 
 def draw(*shape, dtype=torch.float32, seed=0):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from model import reference
-from model.scan import Plan, decays, document_starts, entering_states, scan
+from model.scan import Plan, decays, document_starts, entering_states, plan_for, scan, ssd
 
 # of the largest value. float32: sums in another order; bfloat16: some roundings of 2^-9 in products and states
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 CHUNK = 32
 PLANS = [Plan(CHUNK, block_p=16, copies=copies) for copies in (True, False)]
 
@@ -36,7 +36,7 @@ def assert_near(got, want, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("l", [1, 2, 32, 33, 70])
+@pytest.mark.parametrize("l", [1, 33, 70])
 @pytest.mark.parametrize("plan", PLANS)
 def test_scan_equals_its_twin(l, packed, dtype, plan):
     ids = documents(l, [1, 20, 32, 40], [31, 64]) if packed else None
@@ -68,18 +68,36 @@ def test_what_enters_a_chunk_is_the_last_state_of_the_row_before_it(packed, dtyp
         assert_near(got[:, c].mT, want, dtype)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # of what is masked
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_document_leaves_no_trace_in_the_next(plan):
     x, dt, A, B, C, D = inputs(b=1)
     for start in (20, 32, 40):
         ids = documents(70, [start])
         others = [torch.cat([100 * draw(*t[:, :start].shape, seed=9), t[:, start:]], dim=1) for t in (x, B, C)]
-        other_dt = torch.cat([dt[:, :start].flip(1) * 3, dt[:, start:]], dim=1)
+        other_dt = torch.cat([dt[:, :start].flip(1) * 300, dt[:, start:]], dim=1)
         states = [None, draw(1, 4, 16, 16)]
         y, last = scan(x, dt, A, B, C, D, ids, states[0], plan)
         changed_y, changed_last = scan(others[0], other_dt, A, *others[1:], D, ids, states[1], plan)
         assert not torch.equal(y[:, :start], changed_y[:, :start])
         assert torch.equal(y[:, start:], changed_y[:, start:]) and torch.equal(last, changed_last)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("wanted", [1, 2])  # gradients of y alone, and of the last state too
+def test_gradients_are_those_of_the_twin(wanted, dtype):
+    l = 131  # a chunk of the backward pass, and a bit
+    ids = documents(l, [1, 128]) if wanted == 2 else None
+    tensors = [*inputs(b=1, l=l, h=2, g=1, dtype=dtype), draw(1, 2, 16, 16, seed=6)]
+    seeds = [draw(1, l, 2, 16, seed=7).to(dtype), draw(1, 2, 16, 16, seed=8)][:wanted]
+
+    def gradients(function, tensors):
+        tensors = [t.clone().requires_grad_() for t in tensors]
+        outputs = function(*tensors[:-1], 64, ids, tensors[-1])[:wanted]
+        return torch.autograd.grad(outputs, tensors, [s.to(y) for s, y in zip(seeds, outputs, strict=True)])
+
+    for got, want in zip(gradients(ssd, tensors), gradients(reference.ssd, [t.float() for t in tensors]), strict=True):
+        torch.testing.assert_close(got.float(), want, rtol=0, atol=5 * TOLERANCE[dtype] * want.abs().max().item())
 
 
 def test_slices_of_wider_rows_are_read_in_place():
@@ -97,3 +115,13 @@ def test_documents_start_at_their_place_in_the_chunk_or_before_it():
         [[-1, -1, 2, 2], [-1, -1, -1, 3], [0, 0, 0, 0]],
         [[-1, 1, 1, 1], [0, 0, 0, 0], [-1, -1, -1, -1]],
     ]
+
+
+def test_programs_take_smaller_parts_of_large_states_and_of_few_heads():
+    def part(b, h, p, n, chunk=None):
+        return plan_for(torch.empty(b, 1, h, p, dtype=torch.bfloat16), n, chunk).block_p
+
+    assert part(8, 64, 64, 128) == part(2, 64, 128, 128) == 64  # 132 multiprocessors, where there is no GPU
+    assert part(1, 64, 64, 128) == part(8, 64, 64, 256) == 32
+    assert part(1, 64, 64, 128, chunk=64) == 64
+    assert part(8, 64, 16, 16) == part(8, 64, 8, 8) == 16
