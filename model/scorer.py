@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 MIN_SAVED_TOKENS = 12  # and MIN_SAVED of what would be read: a stretch that saves less than either costs more, in
 MIN_SAVED = 1 / 12  # smaller batches, than it spares
+BATCH_SIZE = 64  # texts in a forward pass
+PREFIX_TOKENS = 1024  # that a row keeps, when it is counted how many rows fit
 MAX_POSITIONS = 1 << 15  # of one forward pass, padding included; one text may have more
 MAX_PADDING = 2048  # positions: about as many as a GPU reads in the time that it takes to begin another pass
 MAX_LOGITS = 1 << 27  # at a time: 512 MiB in float32
@@ -492,6 +494,14 @@ def batches(nodes, batch_size, max_positions, max_scored, ragged):
             padding += length - len(node.tokens)
         if batch:
             yield batch
+
+
+def rows_that_fit(config, n_bytes, itemsize):
+    """8 to 512 texts of a forward pass, whose states of PREFIX_TOKENS, of `itemsize` a number, fill at most n_bytes."""
+    scan = 4 * config.n_mamba_heads * config.d_state * config.mamba_head_dim
+    cache = 2 * itemsize * config.n_kv_heads * config.head_dim * PREFIX_TOKENS
+    rows = n_bytes // (config.layer_pattern.count("M") * scan + config.layer_pattern.count("A") * cache)
+    return min(512, 1 << max(rows, 8).bit_length() - 1)
 
 
 def padded(rows, filler, device):
