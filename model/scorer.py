@@ -497,7 +497,7 @@ def batches(nodes, batch_size, max_positions, max_scored, ragged):
 
 
 def rows_that_fit(config, n_bytes, itemsize):
-    """8 to 512 texts of a forward pass, whose states of PREFIX_TOKENS, of `itemsize` a number, fill at most n_bytes."""
+    """8 to 512 texts of a forward pass; states of PREFIX_TOKENS, of itemsize a number, fill at most n_bytes."""
     scan = 4 * config.n_mamba_heads * config.d_state * config.mamba_head_dim
     cache = 2 * itemsize * config.n_kv_heads * config.head_dim * PREFIX_TOKENS
     rows = n_bytes // (config.layer_pattern.count("M") * scan + config.layer_pattern.count("A") * cache)
