@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from eval.intervals import AHEAD, BEHIND, LEVEL, NOT_COMPARABLE, difference, share, verdict_of
+from model.choices import best_choices
 
 BASELINES = json.loads((Path(__file__).parent / "baselines.json").read_text(encoding="utf-8"))
 FAMILIES = ("GPT-3", "OPT", "Pythia", "Mamba-2 hybrid")  # the columns
 SAME_SIZE = 1.3  # times more or fewer parameters at most: our 13B has 10.7 billion, our 1.3B 1.45
-TIE = 1e-6  # of the best score; float32 sums move by this much with the shape of the batch
 
 
 def read_samples(path):
@@ -70,11 +70,6 @@ def choice_scores(item, metric):
     if metric == "acc_uncond":
         return nats - np.array(item["unconditional"], float)
     return nats
-
-
-def best_choices(scores):
-    """Which scores are the largest, as booleans: several where they are too close to be told apart."""
-    return scores >= scores.max() - TIE * np.abs(scores).max()
 
 
 def is_tie(scores):

@@ -22,7 +22,6 @@ from unittest.mock import patch
 
 import datasets
 import lm_eval.utils
-import numpy as np
 import torch
 import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
@@ -31,11 +30,11 @@ from tqdm import tqdm
 
 from curation.shards import new_file
 from eval.answers import AnswerFile, answers_folder
-from eval.comparison import best_choices
 from eval.models import DTYPES, OwnModel, load_model
-from eval.scorer import Scorer
 from eval.task_data import BENCHMARKS, check_names, check_pins, load_prompts, load_tasks
+from model.choices import choose, mean_scores
 from model.generate import generate
+from model.scorer import Scorer
 from train.exit_codes import leave
 from train.run_dir import write_json
 
@@ -127,21 +126,8 @@ def windows(ids, first, seq_len):
 
 
 def score_choices(doc, results):
-    """lm-eval's acc and acc_norm (nats divided by characters) of one multiple-choice item, with ties at chance.
-
-    Choices that share the best score share the credit: right with k best is 1/k, so a model that cannot tell them
-    apart scores chance. lm-eval takes the first of them, which is 100 % where the first is always right.
-    tie: 1.0 when the best score was shared, under either rule.
-    """
-    nats = np.array([score for score, _ in results])
-    acc, tied = _credit(nats, doc["answer"])
-    acc_norm, tied_norm = _credit(nats / [len(choice) for choice in doc["choices"]], doc["answer"])
-    return {"acc": acc, "acc_norm": acc_norm, "tie": float(tied or tied_norm)}
-
-
-def _credit(scores, answer):
-    best = best_choices(scores)
-    return float(best[answer] / best.sum()), best.sum() > 1
+    """lm-eval's acc and acc_norm (nats divided by characters) of one multiple-choice item, with ties at chance."""
+    return choose([nats for nats, _ in results], [], doc["choices"], doc["answer"])[1]
 
 
 def build_tasks(documents):
@@ -192,7 +178,7 @@ class Item:
     lm_evals: list = field(default_factory=list)  # its requests, which have all shots even if their beginning is lost
 
 
-def run_tasks(model_spec, tasks, *, data=None, device, limit=None, batch_size=64, out, dtype=None, size=None):
+def run_tasks(model_spec, tasks, *, data=None, device, limit=None, batch_size=None, out, dtype=None, size=None):
     """Score a model on benchmarks, write out/samples/<task>.jsonl, and return what results.json holds. All ranks.
 
     model_spec: a checkpoint folder, a Hugging Face folder or a name (or what eval.models.load_model gave); tasks:
@@ -202,7 +188,7 @@ def run_tasks(model_spec, tasks, *, data=None, device, limit=None, batch_size=64
     loaded where it can be seen then.
     """
     started, names, out = time.monotonic(), check_names(tasks), Path(out)
-    if batch_size < 1 or (limit is not None and limit < 1):
+    if any(number is not None and number < 1 for number in (batch_size, limit)):
         raise ValueError(f"batch size {batch_size}, limit {limit}: both must be at least 1")
     rank = dist.get_rank() if dist.is_initialized() else 0
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about settings that we mean
@@ -211,6 +197,7 @@ def run_tasks(model_spec, tasks, *, data=None, device, limit=None, batch_size=64
     loaded = isinstance(model_spec, str | Path)
     model = load_model(model_spec, device=device, dtype=dtype, size=size) if loaded else model_spec
     folder = answers_folder(out, model, device, rank)
+    batch_size = batch_size or model.batch_size
     totals, results = {"forward_tokens": 0, "forward_tokens_hf": 0}, {}
     for name in names:
         begun, answers = time.monotonic(), AnswerFile(folder, name, rank)
@@ -250,9 +237,7 @@ def run_task(name, scorer, data, limit):
         items = written_items(name, data, limit)
         texts = scorer.generate_until([item.requests[0] for item in items])
         return [sample_of(name, item, [], [], text) for item, text in zip(items, texts, strict=True)]
-    # lm-eval compiles a template each time that it fills it in, which would be 80 % of the time before the model runs
-    with patch.object(lm_eval.utils.env, "from_string", lru_cache(lm_eval.utils.env.from_string)):
-        items = list(asked_items(name, scorer, data, limit))
+    items = ask_items(name, scorer, load_tasks(name, data), limit)
     asked = [request for item in items for request in item.requests]
     beside = [request for item in items for request in item.unconditional]
     theirs = [request for item in items for request in item.lm_evals]
@@ -262,13 +247,27 @@ def run_task(name, scorer, data, limit):
     return [sample_of(name, *parts) for parts in zip(items, given, alone, strict=True)]
 
 
-def asked_items(name, scorer, data, limit):
-    """Yield a benchmark's items, asked as lm-eval asks them, with fewer shots where the prompt would not fit."""
+def ask_items(*arguments, **options):
+    """[Item]: asked_items, with each of lm-eval's templates compiled once, not each time that it is filled in.
+
+    That would be 80 % of the time before the model runs.
+    """
+    with patch.object(lm_eval.utils.env, "from_string", lru_cache(lm_eval.utils.env.from_string)):
+        return list(asked_items(*arguments, **options))
+
+
+def asked_items(name, scorer, tasks, limit=None, chosen=None):
+    """Yield a benchmark's items, asked as lm-eval asks them, with fewer shots where the prompt would not fit.
+
+    tasks: load_tasks's; chosen: {(subject or None, doc_id)} of the items that are wanted, None: all.
+    """
     context = BENCHMARKS[name].get("unconditional")
-    for group, task in load_tasks(name, data):
+    for group, task in tasks:
         task.set_fewshot_seed(SEED)
         shots = task.config.num_fewshot
         for doc_id, doc in task.doc_iterator(limit=limit):
+            if chosen is not None and (group, doc_id) not in chosen:
+                continue
             tried = []
             for n_shots in range(shots, -1, -1):
                 prompt = task.fewshot_context(doc, num_fewshot=n_shots)
@@ -332,29 +331,9 @@ def sample_of(name, item, answers, alone, text=None):
     }
 
 
-def choose(nats, alone, choices, gold):
-    """(the choice taken, {metric: credit}) by lm-eval's rules, but for ties, which are at chance.
-
-    acc: the likeliest; acc_norm: the likeliest for each of its characters; acc_uncond, GPT-3's rule: the one that
-    gains most on its likelihood after "Answer:" alone (`alone`). tie: whether the first or second rule had several
-    best.
-    """
-    nats = np.array(nats)
-    acc, tied = _credit(nats, gold)
-    acc_norm, tied_norm = _credit(nats / [len(choice) for choice in choices], gold)
-    metrics = {"acc": acc, "acc_norm": acc_norm, "tie": float(tied or tied_norm)}
-    if alone:
-        metrics["acc_uncond"], _ = _credit(nats - alone, gold)
-    return int(best_choices(nats).argmax()), metrics
-
-
 def summary(samples):
-    """{"n", the mean of every metric, "perplexity" where one text is scored, "groups": the same of each subject}."""
-    values = {"n": len(samples)}
-    for metric in samples[0]["metrics"]:
-        values[metric] = float(np.mean([sample["metrics"][metric] for sample in samples]))
-    if samples[0]["greedy"] is not None:
-        values["perplexity"] = float(np.exp(-np.mean([sample["loglikelihoods"][0] for sample in samples])))
+    """mean_scores of the samples, and "groups": the same of each subject."""
+    values = mean_scores([(sample["metrics"], sample["loglikelihoods"]) for sample in samples])
     groups = sorted({sample["group"] for sample in samples if sample["group"]})
     if groups:
         values["groups"] = {
@@ -372,7 +351,7 @@ def main(argv=None):
     parser.add_argument("--data", help="folder of the tasks' files (make eval-data); default: the Hub")
     parser.add_argument("--out", type=Path, required=True, help="folder for samples, results and kept answers")
     parser.add_argument("--limit", type=int, help="only the first so many items of each task")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts a forward pass (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="texts a forward pass (default: as suits the model)")
     parser.add_argument("--device", help="torch device (default: this process's GPU, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--size", help="refuse a model that is not of this size, such as 1.3B")

@@ -5,16 +5,20 @@
 
 What a Scorer uses of either: seq_len, vocab_size (of the head), prefix_id, shares (whether a beginning is read once),
 encode, encode_plain, decode, and
-read(tokens, state, places, keep) -> logits, state: reads the rows tokens (equally long lists of ids) behind `state`
-(None: from the beginning), which stays as it was. logits (n, vocab) in float32 at places ([row], [column]) alone;
-the state behind the last column, None unless keep.
+batch_size, max_scored (places in a forward pass) and
+read(rows, state, places, keep) -> features, state: reads rows of ids, padded to one length, behind `state` (None: from
+the beginning), which stays as it was. features (n, ...) at places, counted through the padded rows, alone; the state
+behind each row's end, None unless keep, for which the rows must be equally long unless the model is `ragged`.
+logits(features) -> (n, vocab) in float32.
 take(state, rows) -> state of these rows. write(prompts, n_tokens, until) -> [ids], by the likeliest token.
+wait_for_others(): called by every process when its share is done.
 """
 
 import copy
 import hashlib
 import json
 import re
+import sys
 from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
@@ -29,12 +33,17 @@ from curation.merges import CUT
 from curation.shards import file_sha256
 from curation.tokenizer import load_tokenizer
 from model.config import PRESETS
+from model.decode import Decoder
 from model.generate import prefill
+from model.scorer import MAX_LOGITS, padded, to_device
 from model.weights import MANIFEST, load_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARAGRAPH = re.compile(rf"(?:{CUT.pattern})(?=\n\n)")
 FILES = (".json", ".safetensors", ".model", ".txt")  # of a Hugging Face folder that are read
+BATCH_SIZE = 64  # texts in a forward pass
+STATES = 1 << 34  # bytes: what the rows of a forward pass on a GPU keep, of PREFIX_TOKENS each
+PREFIX_TOKENS = 1024
 SAME = 1e-3  # of the largest log-probability's size: a cache that continues wrongly is off by far more
 
 
@@ -69,24 +78,12 @@ def check_size(spec, size, expected, found, exact):
         raise ValueError(f"{spec} has {found:,} parameters, but size {size} has {expected:,}; give its own size")
 
 
-class OwnModel:
-    """A HybridLM with its tokenizer. Every text starts with the separator, as every document does in training."""
+class OwnText:
+    """How our models read: every text starts with the separator, as every document does in training."""
 
-    kind, shares = "braid", True
-
-    def __init__(self, model, tokenizer, *, dtype="float32", name="model", sha256=None):
-        self.name, self.sha256, self.dtype, self.tokenizer = name, sha256, dtype, tokenizer
-        self.n_parameters = model.config.n_parameters
-        # in float32 whatever the network's dtype: bfloat16 logits tie, or flip, close choices
-        self.head = model.head_weight.detach().float()
-        self.model = model.to(DTYPES[dtype])
-        self.seq_len, self.vocab_size = model.config.seq_len, model.config.vocab_size
-        self.prefix_id = tokenizer.separator_id
-        self.encode_paragraph = lru_cache(maxsize=1024)(tokenizer.encode)
-
-    @property
-    def device(self):
-        return self.head.device
+    def __init__(self, tokenizer, seq_len):
+        self.tokenizer, self.seq_len, self.prefix_id = tokenizer, seq_len, tokenizer.separator_id
+        self.encode_examples = lru_cache(maxsize=256)(tokenizer.encode)
 
     def encode(self, text):
         return [self.prefix_id, *self.encode_plain(text)]
@@ -94,55 +91,92 @@ class OwnModel:
     def encode_plain(self, text):
         if self.tokenizer.engine != "tiktoken":  # another library's tokens may reach over a cut
             return self.tokenizer.encode(text)
-        ids, start = [], 0
-        for cut in PARAGRAPH.finditer(text):  # a few-shot prompt's examples come with hundreds of questions
-            ids += self.encode_paragraph(text[start : cut.end()])
-            start = cut.end()
-        return ids + self.tokenizer.encode(text[start:])
+        cut = last_cut(text)  # a few-shot prompt's examples come with hundreds of questions
+        return [*self.encode_examples(text[:cut]), *self.tokenizer.encode(text[cut:])]
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)
 
-    def read(self, tokens, state, places, keep):
-        tokens = torch.tensor(tokens, device=self.device)
-        if state is None and not keep:
-            return self.logits(self.model.hidden(tokens)[places]), None
-        state = self.model.new_state() if state is None else [dict(layer) for layer in state]
-        hidden = self.model.hidden(tokens, state=state)
-        return self.logits(hidden[places]), state if keep else None
+
+def last_cut(text):
+    """Where the last paragraph begins before which no token can reach over, or 0."""
+    at = text.rfind("\n\n")
+    while at > 0 and not PARAGRAPH.match(text, at - 1):
+        at = text.rfind("\n\n", 0, at + 1)
+    return max(at, 0)
+
+
+class OwnModel(OwnText):
+    """A HybridLM with its tokenizer."""
+
+    kind, shares, ragged, max_scored = "braid", True, True, sys.maxsize
+
+    def __init__(self, model, tokenizer, *, dtype="float32", name="model", sha256=None):
+        super().__init__(tokenizer, model.config.seq_len)
+        self.name, self.sha256, self.dtype = name, sha256, dtype
+        self.n_parameters, self.vocab_size = model.config.n_parameters, model.config.vocab_size
+        # in float32 whatever the network's dtype: bfloat16 logits tie, or flip, close choices
+        self.head = model.head_weight.detach().float()
+        self.model = model.to(DTYPES[dtype])
+        self.decoder = Decoder(self.model, logits=self.logits)
+
+    @property
+    def device(self):
+        return self.head.device
+
+    @property
+    def batch_size(self):
+        """Rows that a forward pass has if nobody says how many: on a GPU, as many as STATES holds states of."""
+        if self.device.type == "cpu":
+            return BATCH_SIZE
+        config = self.model.config
+        scan = 4 * config.n_mamba_heads * config.d_state * config.mamba_head_dim
+        cache = 2 * DTYPES[self.dtype].itemsize * config.n_kv_heads * config.head_dim * PREFIX_TOKENS
+        rows = STATES // (config.layer_pattern.count("M") * scan + config.layer_pattern.count("A") * cache)
+        return min(512, 1 << max(rows, 8).bit_length() - 1)
+
+    def read(self, rows, state, places, keep):
+        tokens, lengths = padded(rows, self.prefix_id, self.device)
+        if state is not None or keep:
+            state = self.model.going_on(state, lengths if keep else None)
+        hidden = self.hidden(tokens, state).flatten(0, 1)
+        return hidden[to_device(places, self.device)], state if keep else None
+
+    @torch.inference_mode()
+    def hidden(self, tokens, state):
+        return self.model.hidden(tokens, state=state)
+
+    def wait_for_others(self):
+        """Processes that share nothing but results need not wait."""
 
     def logits(self, hidden):
         return F.linear(hidden.float(), self.head)
 
     def take(self, state, rows):
-        return self.model.take_rows(state, rows)
+        return self.model.take_rows(state, to_device(rows, self.device))
 
     @torch.inference_mode()
     def write(self, prompts, n_tokens, until):
         """[ids] after each prompt: of any lengths, but not of one token among longer ones."""
         state = None if len(prompts[0]) == 1 else prefill(self.model, [prompt[:-1] for prompt in prompts])[1]
-        return self.go_on([prompt[-1] for prompt in prompts], state, n_tokens, until)
-
-    def go_on(self, last, state, n_tokens, until):
-        """[ids] after each row's last token; rows that have ended are no longer read."""
-        written, rows = [[] for _ in last], list(range(len(last)))
-        while rows:
-            places = list(range(len(rows))), [0] * len(rows)
-            logits, state = self.read([[last[row]] for row in rows], state, places, keep=True)
-            best = logits[:, : self.tokenizer.vocab_size].argmax(-1).tolist()
-            for row, token in zip(rows, best, strict=True):
-                last[row] = token
+        self.decoder.start(state, room=max(n_tokens), n_rows=len(prompts))
+        tokens = to_device([prompt[-1] for prompt in prompts], self.device)
+        written, rows = [[] for _ in prompts], list(range(len(prompts)))
+        going = set(rows)
+        while going:
+            tokens = self.decoder.step(tokens)[:, : self.tokenizer.vocab_size].argmax(-1)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if row not in going:
+                    continue
                 if token != self.prefix_id:
                     written[row].append(token)
-            going = [
-                i for i, row in enumerate(rows)
-                if last[row] != self.prefix_id and len(written[row]) < n_tokens[row]
-                and not ends_with(self.decode, written[row], until)
-            ]  # fmt: skip
-            if len(going) < len(rows):
-                rows = [rows[i] for i in going]
-                if rows:
-                    state = self.take(state, going)
+                full = len(written[row]) >= n_tokens[row]
+                if token == self.prefix_id or full or ends_with(self.decode, written[row], until):
+                    going.remove(row)
+            if going and 2 * len(going) <= len(rows):  # a graph is of so many rows, and another takes time to record
+                keep = [i for i, row in enumerate(rows) if row in going]
+                self.decoder.take(keep)
+                rows, tokens = [rows[i] for i in keep], tokens[to_device(keep, self.device)]
         return written
 
 
@@ -220,7 +254,7 @@ class HFModel:
     shares is tried out: whether the model, given back what it kept of a beginning, predicts what it does of the whole.
     """
 
-    kind = "transformers"
+    kind, ragged, batch_size = "transformers", False, BATCH_SIZE
 
     def __init__(self, model, tokenizer, *, dtype="float32", name="model", sha256=None):
         self.name, self.sha256, self.dtype, self.tokenizer, self.model = name, sha256, dtype, tokenizer, model
@@ -255,12 +289,22 @@ class HFModel:
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def read(self, tokens, state, places, keep):
-        tokens = torch.tensor(tokens, device=self.device)
-        with self.scored_at(places):
-            kept = {self.cache_name: copy.deepcopy(state)}  # a model changes what it is given
+    def read(self, rows, state, places, keep):
+        tokens, _ = padded(rows, self.prefix_id, self.device)
+        kept = {self.cache_name: copy.deepcopy(state)}  # a model changes what it is given
+        with self.scored_at(to_device(places, self.device)):
             result = self.model(tokens, use_cache=keep or state is not None, **kept)
         return result.logits, getattr(result, self.cache_name, None) if keep else None
+
+    def logits(self, features):
+        return features  # a model may change its logits, so they come from it
+
+    @property
+    def max_scored(self):
+        return max(1, MAX_LOGITS // self.vocab_size)
+
+    def wait_for_others(self):
+        """Processes that share nothing but results need not wait."""
 
     @contextmanager
     def scored_at(self, places):
@@ -282,13 +326,12 @@ class HFModel:
         """Whether reading 13 tokens behind 11 others, in two rows branched off one, is reading all 24."""
         ids = torch.arange(24).mul(7).add(3).remainder(self.vocab_size).tolist()
         other = ids[:11] + ids[:10:-1]
-        places = [0] * 13 + [1] * 13, [*range(13)] * 2
         try:
-            _, state = self.read([ids[:11]], None, ([], []), keep=True)
-            parted, _ = self.read([ids[11:], other[11:]], self.take(state, [0, 0]), places, keep=False)
+            _, state = self.read([ids[:11]], None, [], keep=True)
+            parted, _ = self.read([ids[11:], other[11:]], self.take(state, [0, 0]), range(26), keep=False)
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False
-        whole, _ = self.read([ids, other], None, (places[0], [place + 11 for place in places[1]]), keep=False)
+        whole, _ = self.read([ids, other], None, [*range(11, 24), *range(35, 48)], keep=False)
         parted, whole = parted.log_softmax(-1), whole.log_softmax(-1)
         tolerance = SAME if self.dtype == "float32" else 0.1
         return bool(((parted - whole).abs() <= tolerance * whole.abs().amax()).all())
@@ -317,4 +360,4 @@ class ScoredHead(nn.Module):
         self.weight, self.bias, self.places = weight, bias, None
 
     def forward(self, hidden):
-        return F.linear(hidden[self.places].float(), self.weight, self.bias)
+        return F.linear(hidden.flatten(0, 1)[self.places].float(), self.weight, self.bias)

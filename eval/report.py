@@ -31,7 +31,8 @@ from curation.figures import (
     source_colors,
 )
 from curation.shards import manifest_sha256, new_file, read_manifest
-from eval.comparison import headline
+from eval.comparison import BASELINES, headline
+from eval.intervals import wilson
 from eval.scoreboard import shown, verdict, with_error
 from train.run_dir import RunDir, read_json, read_metrics
 
@@ -52,6 +53,7 @@ def build_report(path):
     history = [read_json(file) for file in eval_files(run, r"step_\d+\.json")]
     samples = [read_json(file) for file in eval_files(run, r"sample_\d+\.json")]
     manifest, data_note = read_data(config)
+    asked = read_json(run.questions)["tasks"] if run.questions.is_file() else {}
     newest = (run.checkpoints() or [run.checkpoint(0)])[-1]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -80,6 +82,8 @@ def build_report(path):
         data_note=data_note,
         checkpoint=newest,
         figures=make_figures(manifest, metrics, history),
+        benchmarks=benchmark_figures(metrics, asked),
+        measuring=share_of_measuring(metrics),
         plotly_js=get_plotlyjs(),
         style=page_style(),
     )
@@ -248,6 +252,44 @@ def heldout_figure(metrics, history):
         )  # fmt: skip
     figure.update_yaxes(hoverformat=".3f")
     return figure
+
+
+def benchmark_figures(metrics, asked):
+    """[(title, HTML fragment)] of each benchmark's curve while training ran, by the metric of the scoreboard.
+
+    asked: the tasks of eval/questions.json, for chance.
+    """
+    rows, found = [row for row in metrics if row.get("eval")], []
+    for name in dict.fromkeys(name for row in rows for name in row["eval"]):
+        metric = BASELINES["tasks"][name]["metric"]
+        points = [(row["tokens"], row["eval"][name]) for row in rows if name in row["eval"]]
+        scores = [
+            {"value": score[metric], "interval": wilson(score[metric], score["n"])} for _, score in points
+        ]  # fmt: skip
+        figure = new_figure(210, "training tokens", hovermode="x")
+        figure.add_scatter(
+            x=[tokens for tokens, _ in points], y=[score["value"] for score in scores], name="model",
+            mode="lines+markers", line={"color": COLORS[0], "width": 1.8}, marker_size=6,
+            error_y={**intervals(scores), "color": "#9db8d6", "thickness": 1.4, "width": 3},
+            hovertemplate="%{y:.1%}",
+        )  # fmt: skip
+        chance = asked.get(name, {}).get("chance")
+        if chance:
+            figure.add_hline(chance, line={"color": COLORS[3], "width": 1.4, "dash": "dash"})
+        figure.update_yaxes(tickformat=".0%")
+        title = f"{BASELINES['tasks'][name]['title']}, {metric}, {points[-1][1]['n']:,} questions"
+        found.append((title, fragment(f"benchmark_{name}", figure)))
+    return found
+
+
+def share_of_measuring(metrics):
+    """The part of the time that measuring took of steps and measuring, or None where it was not written down."""
+    before = [{"tokens": 0}, *metrics]
+    steps_s = sum(
+        (row["tokens"] - last["tokens"]) / row["tokens_per_s"] for last, row in zip(before, metrics, strict=False)
+    )
+    measuring_s = sum(row.get("eval_s", 0) for row in metrics)
+    return measuring_s / (steps_s + measuring_s) if measuring_s else None
 
 
 def yardstick_figure(held_out):

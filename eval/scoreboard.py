@@ -323,7 +323,7 @@ def eval_folder(checkpoint):
 
 def check_flags(flags):
     """Fill in what depends on the machine; ValueError for a number or a combination that means nothing."""
-    if min(flags.batch_tokens, flags.batch_size, 1 if flags.limit is None else flags.limit) < 1:
+    if any(number is not None and number < 1 for number in (flags.batch_tokens, flags.batch_size, flags.limit)):
         raise ValueError(
             f"--batch-tokens {flags.batch_tokens} --batch-size {flags.batch_size} --limit {flags.limit}: all must be "
             "at least 1"
@@ -407,9 +407,7 @@ def main(argv=None):
     parser.add_argument(
         "--batch-tokens", type=int, default=8192, help="positions a forward pass (default %(default)s)"
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=64, help="of the benchmarks: texts a pass (default %(default)s)"
-    )
+    parser.add_argument("--batch-size", type=int, help="of the benchmarks: texts a pass (default: as suits the model)")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the benchmarks; default: float32 on a CPU, bfloat16 on a GPU"
     )

@@ -33,7 +33,10 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.d_model, config.d_model, ops)
 
     def forward(self, x, packing=None, state=None):
-        """state: {} before the first token; keeps "cache", a KVCache of the tokens so far."""
+        """state: {} before the first token; keeps "cache", a KVCache of the tokens so far.
+
+        With "lengths" (b,) in it, a row is so long, and padded behind: the cache is that of the row's own tokens.
+        """
         config = self.config
         q, k, v, *gate = self.in_proj(x)
         q, k, v = (rearrange(t, "b l (h p) -> b l h p", p=config.head_dim) for t in (q, k, v))
@@ -49,6 +52,7 @@ class Attention(nn.Module):
     def attend(self, q, k, v, packing, state):
         """Positions, then attention to the row's tokens so far: q (b, l, h, p); k, v (b, l, k, p) -> (b, l, h, p)."""
         config, l = self.config, q.shape[1]
+        lengths = None if state is None else state.pop("lengths", None)
         cache = None if state is None else state.get("cache", KVCache())
         mask = None
         if config.positions == "rope":
@@ -62,6 +66,8 @@ class Attention(nn.Module):
         if cache is not None:
             state["cache"] = cache = cache.append(k, v)
             k, v, mask = cache.keys, cache.values, cache.mask(l)
+        if lengths is not None:
+            state["cache"] = cache.drop(l - lengths)
         slopes = alibi_slopes(config.n_heads, q.device) if config.positions == "alibi" else None
         return self.ops.attention(q, k, v, mask, packing=packing, scale=config.attention_multiplier, slopes=slopes)
 
@@ -93,6 +99,13 @@ class KVCache:
         """The cache of these rows (indices), in this order; a row may come several times."""
         start = None if self.start is None else self.start[rows]
         return KVCache(_Buffer(self.buffer.tensor[:, rows, : self.length]), self.length, start)
+
+    def drop(self, n):
+        """The cache without the last n (b,) tokens of each row: the others move up to the end."""
+        places = torch.arange(self.length, device=n.device) - n[:, None]
+        rows = torch.arange(len(n), device=n.device)[:, None]
+        start = n if self.start is None else self.start + n
+        return KVCache(_Buffer(self.buffer.tensor[:, rows, places.clamp(min=0)]), self.length, start)
 
     @property
     def keys(self):

@@ -120,9 +120,14 @@ class HybridLM(nn.Module):
         """hidden (..., d) -> (..., vocab), in float32."""
         return self.ops.products(hidden, [self.head_weight]).float()
 
-    def forward(self, tokens, targets=None, document_ids=None):
-        """Logits (b, l, vocab) in float32; with targets (b, l), the mean loss in nats over those that are not -100."""
-        hidden = self.hidden(tokens, document_ids)
+    def forward(self, tokens, targets=None, document_ids=None, state=None, head=True):
+        """Logits (b, l, vocab) in float32; with targets (b, l), the mean loss in nats over those that are not -100.
+
+        head False: `hidden` instead, of tokens behind `state`; for what calls the network through its wrapper.
+        """
+        hidden = self.hidden(tokens, document_ids, state)
+        if not head:
+            return hidden
         if targets is None:
             return self.logits(hidden)
         z_loss = self.z_loss if self.training else 0.0
@@ -131,6 +136,17 @@ class HybridLM(nn.Module):
     def new_state(self):
         """The decoding state before the first token: a dict a layer, filled by step; every tensor has b first."""
         return [{} for _ in self.layers]
+
+    def going_on(self, state=None, lengths=None):
+        """A state for `hidden` to change: `state` (None: before the first token) stays as it was.
+
+        lengths (b,): the tokens to come are so many in each row, and padding behind them; None: none is padded.
+        """
+        state = self.new_state() if state is None else [dict(layer) for layer in state]
+        if lengths is not None:
+            for layer in state:
+                layer["lengths"] = lengths
+        return state
 
     def take_rows(self, state, rows):
         """The state of these rows (indices), in this order; a row may come several times, to branch off it."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from model.layers import FixedState, Linear, SplitLinear
 
+NO_STEP = -1e4  # whose softplus is 0
 DT_MIN, DT_MAX = 0.001, 0.1  # step sizes at the start, as in Mamba (arXiv:2312.00752, section 3.6)
 A_MIN, A_MAX = 1.0, 16.0  # decay rates at the start, as in Mamba-2
 
@@ -41,17 +42,35 @@ class Mamba2(nn.Module):
         self.conv1d_bias.uniform_(-bound, bound)
 
     def forward(self, u, packing=None, state=None):
-        """state: {} before the first token; keeps "conv" (b, d_conv - 1, channels) and "ssm" (b, heads, n, p)."""
+        """state: {} before the first token; keeps "conv" (b, d_conv - 1, channels) and "ssm" (b, heads, n, p).
+
+        With "lengths" (b,) in it, a row is so long, and padded behind: what is kept is that of the row's own end.
+        """
         config = self.config
         weights = self.conv1d_weight, self.conv1d_bias, self.A_log, self.D, self.dt_bias, self.norm_weight
         zxbcdt = self.in_proj(u, split=())
         if isinstance(state, FixedState):
             return self.out_proj(self.ops.mixer_step(zxbcdt, *weights, config.n_groups, config.norm_eps, **state))
+        lengths = None if state is None else state.pop("lengths", None)
         before = state or {"conv": None, "ssm": None}
+        if lengths is not None:  # steps of no size leave the scan where it is
+            padding = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
+            zxbcdt[..., -config.n_mamba_heads :].masked_fill_(padding[..., None], NO_STEP)
         y, conv, ssm = self.ops.mixer(
             zxbcdt, *weights, config.n_groups, config.chunk_size, config.norm_eps,
             None if packing is None else packing.document_ids, before["conv"], before["ssm"],
         )  # fmt: skip
+        if lengths is not None:
+            conv = self.inputs_before(lengths, zxbcdt, before["conv"])
         if state is not None:
             state.update(conv=conv.clone(), ssm=ssm)  # not a part of in_proj's product, which it would keep whole
         return self.out_proj(y)
+
+    def inputs_before(self, lengths, zxbcdt, conv):
+        """The convolution's last inputs, (b, d_conv - 1, channels), of rows that end after `lengths` (b,) tokens."""
+        config = self.config
+        inputs = zxbcdt[..., config.d_inner : config.d_inner + config.d_conv_channels]
+        if conv is None:
+            conv = inputs.new_zeros(len(inputs), config.d_conv - 1, config.d_conv_channels)
+        places = lengths[:, None] + torch.arange(config.d_conv - 1, device=lengths.device)
+        return torch.cat([conv, inputs], dim=1)[torch.arange(len(inputs), device=lengths.device)[:, None], places]

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.scan_backward import scan_backward
+from model.tiles import has_copy_engine, load_tile, store_tile, tiles
 
 BACKWARD_CHUNK = 64  # positions between two states that the backward pass starts from
 PRECISION = tl.constexpr("tf32x3")  # float32 factors in three TF32 parts each: products near float32
@@ -58,19 +58,19 @@ def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
     first = document_starts(document_ids, chunk)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last = torch.empty(b, h, n, p, device=x.device, dtype=torch.float32)
-    x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan)
-    y_out, y_strides = tiles(y.transpose(1, 2), chunk, block_p, plan)
-    B_in, B_strides = tiles(B.transpose(1, 2), chunk, block_n, plan)
-    C_in, C_strides = tiles(C.transpose(1, 2), chunk, block_n, plan)
-    (keys_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan) for t in (keys, cum))
-    first_in, first_strides = (None, None) if first is None else tiles(first[:, None], 1, chunk, plan)
+    x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan.copies)
+    y_out, y_strides = tiles(y.transpose(1, 2), chunk, block_p, plan.copies)
+    B_in, B_strides = tiles(B.transpose(1, 2), chunk, block_n, plan.copies)
+    C_in, C_strides = tiles(C.transpose(1, 2), chunk, block_n, plan.copies)
+    (keys_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan.copies) for t in (keys, cum))
+    first_in, first_strides = (None, None) if first is None else tiles(first[:, None], 1, chunk, plan.copies)
     with torch.cuda.device_of(x):
         _scan_kernel[(b * h, triton.cdiv(p, block_p))](
             x_in, B_in, C_in, y_out, keys_in, cum_in, first_in,
             x_strides, B_strides, C_strides, y_strides, chunk_strides, first_strides,
             D.contiguous(), cum, first, contiguous_float(initial_state), last, l, h, h // B.shape[2], keys.shape[2],
             P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages,
-            DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")), num_warps=plan.warps, maxnreg=plan.registers,
+            DTYPE=getattr(tl, str(x.dtype).removeprefix("torch.")), num_warps=plan.warps,
         )  # fmt: skip
     return y, last
 
@@ -83,16 +83,15 @@ def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, pla
     block_p, block_n = plan.block_p, padded(n)
     first = document_starts(document_ids, chunk)
     entering = torch.empty(b, n_chunks, h, p, n, device=x.device, dtype=x.dtype)
-    x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan)
-    B_in, B_strides = tiles(B.transpose(1, 2), chunk, block_n, plan)
-    entering_out, entering_strides = tiles(entering.flatten(0, 1), block_p, block_n, plan)
-    (steps_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan) for t in (steps, cum))
+    x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan.copies)
+    B_in, B_strides = tiles(B.transpose(1, 2), chunk, block_n, plan.copies)
+    entering_out, entering_strides = tiles(entering.flatten(0, 1), block_p, block_n, plan.copies)
+    (steps_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan.copies) for t in (steps, cum))
     with torch.cuda.device_of(x):
         _scan_entering_kernel[(b * h, triton.cdiv(p, block_p))](
             x_in, B_in, entering_out, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
             cum, first, contiguous_float(initial_state), l, h, h // B.shape[2], n_chunks,
-            P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages,
-            num_warps=plan.warps, maxnreg=plan.registers,
+            P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages, num_warps=plan.warps,
         )  # fmt: skip
     return entering
 
@@ -104,8 +103,7 @@ class Plan(NamedTuple):
     block_p: int
     warps: int = 4
     stages: int = 2
-    registers: int | None = None  # the most a thread may have
-    copies: bool = True  # tiles are moved by the GPU's copy engine (Hopper and newer)
+    copies: bool = True  # by the copy engine, into much shared memory
 
 
 def plan_for(x, n, chunk=None):
@@ -114,34 +112,22 @@ def plan_for(x, n, chunk=None):
     half = x.element_size() == 2
     # The part of a state that a program's registers hold beside the rest
     block_p = min(padded(p), max(16, (8192 if half else 4096 if chunk is None else 2048) // padded(n)))
-    processors, copies = 132, True
+    processors, memory = 132, 227 * 1024
     if x.is_cuda:
         properties = torch.cuda.get_device_properties(x.device)
-        processors, copies = properties.multi_processor_count, properties.major >= 9
-    while block_p > (32 if chunk is None else 64) and b * h * triton.cdiv(p, block_p) < processors:
-        block_p //= 2  # rows of few heads would leave most of the GPU idle
-    programs = b * h * triton.cdiv(p, block_p)
-    stages = 3 if half and (chunk is not None or programs <= processors) else 2
+        processors, memory = properties.multi_processor_count, properties.shared_memory_per_block_optin
+    copies = has_copy_engine(x.device) and memory > 160 * 1024
+    # Rows of few heads: smaller parts of them, as long as each has a multiprocessor, and its memory, to itself
+    while block_p > (32 if chunk is None else 64) and 2 * b * h * triton.cdiv(p, block_p) <= processors:
+        block_p //= 2
+    alone = b * h * triton.cdiv(p, block_p) <= processors
+    stages = 3 if half and copies and (chunk is not None or (alone and n <= 128)) else 2
     return Plan(chunk or (64 if half else 16), block_p, 4 if half and copies else 8, stages, copies=copies)
 
 
 def padded(size):
     """The block of a dimension: a power of two, and no less than tensor cores take."""
     return max(triton.next_power_of_2(size), 16)
-
-
-def tiles(tensor, rows, columns, plan):
-    """A tensor of four dimensions as kernels read and write it, in tiles of its last two: what it is, and its strides.
-
-    For the copy engine that is a descriptor, without strides; it takes whole multiples of 16 bytes.
-    """
-    each = 16 // tensor.element_size()
-    uneven = tensor.data_ptr() % 16 or any(stride % each for stride in tensor.stride()[:-1])
-    if tensor.stride(-1) != 1 or (plan.copies and uneven):
-        tensor = tensor.contiguous()
-    if plan.copies:
-        return TensorDescriptor.from_tensor(tensor, [1, 1, rows, columns]), None
-    return tensor, tensor.stride()[:3]
 
 
 def contiguous_float(tensor):
@@ -241,34 +227,6 @@ def _scan_starts_kernel(ids_ptr, first_ptr, l, n_chunks, Q: tl.constexpr):
 
 
 @triton.jit
-def _load(tensor, strides, b, i, row, column, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows from `row` and columns from `column` of tensor[b, i], zeros beyond its edges. See `tiles`."""
-    if strides is None:
-        tile = tensor.load([b, i, row, column]).reshape(ROWS, COLUMNS)
-    else:
-        at, inside = _places(strides, b, i, row, column, height, width, ROWS, COLUMNS)
-        tile = tl.load(tensor + at, mask=inside, other=0.0)
-    return tile
-
-
-@triton.jit
-def _store(tensor, strides, b, i, row, column, height, width, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    if strides is None:
-        tensor.store([b, i, row, column], tile.reshape(1, 1, ROWS, COLUMNS))
-    else:
-        at, inside = _places(strides, b, i, row, column, height, width, ROWS, COLUMNS)
-        tl.store(tensor + at, tile, mask=inside)
-
-
-@triton.jit
-def _places(strides, b, i, row, column, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = (row + rows < height)[:, None] & (column + columns < width)[None, :]
-    start = tl.cast(b, tl.int64) * strides[0] + tl.cast(i, tl.int64) * strides[1] + tl.cast(row, tl.int64) * strides[2]
-    return start + column + (rows[:, None] * strides[2] + columns[None, :]), inside
-
-
-@triton.jit
 def _at_end(c, Q: tl.constexpr, cum_ptr, first_ptr):
     """cum and first of the last position of chunk c."""
     first = -1
@@ -314,15 +272,15 @@ def _scan_kernel(
         start, cum_last, last_first = c * Q, cum_next, first_next
         cum_next, first_next = _at_end(tl.minimum(c + 1, n_chunks - 1), Q, cum_ptr, first_ptr)
         entering = state.to(DTYPE)
-        C = _load(C_in, C_strides, b, group, start, 0, l, N, Q, BLOCK_N)
-        B = _load(B_in, B_strides, b, group, start, 0, l, N, Q, BLOCK_N)
+        C = load_tile(C_in, C_strides, b, group, start, 0, l, N, Q, BLOCK_N)
+        B = load_tile(B_in, B_strides, b, group, start, 0, l, N, Q, BLOCK_N)
         y = tl.dot(C, entering, input_precision=PRECISION)
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-        cum = _load(cum_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
-        keys = _load(keys_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
+        cum = load_tile(cum_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
+        keys = load_tile(keys_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
         decay_in, decay_out, decay_chunk = cum, cum_last - keys, cum_last
         if first_ptr is not None:
-            first = _load(first_in, first_strides, b, 0, c, 0, n_chunks, Q, 1, Q).reshape(Q)
+            first = load_tile(first_in, first_strides, b, 0, c, 0, n_chunks, Q, 1, Q).reshape(Q)
             decay_in = tl.where(first < 0, decay_in, -float("inf"))
             decay_out = tl.where(q >= last_first, decay_out, -float("inf"))
             decay_chunk = tl.where(last_first < 0, decay_chunk, -float("inf"))
@@ -331,10 +289,10 @@ def _scan_kernel(
         if first_ptr is not None:  # noqa: SIM102  # settled when the kernel is compiled; the next, at each chunk
             if last_first >= 0:  # a document begins in it: few do
                 scores = tl.where(q[None, :] >= first[:, None], scores, 0.0)
-        x = _load(x_in, x_strides, b, head, start, channel, l, P, Q, BLOCK_P)
+        x = load_tile(x_in, x_strides, b, head, start, channel, l, P, Q, BLOCK_P)
         y = tl.dot(scores.to(DTYPE), x, y, input_precision=PRECISION)
         y += D * x
-        _store(y_out, y_strides, b, head, start, channel, l, P, y.to(DTYPE), Q, BLOCK_P)
+        store_tile(y_out, y_strides, b, head, start, channel, l, P, y.to(DTYPE), Q, BLOCK_P)
         fed = (x * tl.exp2(decay_out)[:, None]).to(DTYPE)
         state = tl.dot(tl.trans(B), fed, state * tl.exp2(decay_chunk), input_precision=PRECISION)
     p = channel + tl.arange(0, BLOCK_P)
@@ -366,16 +324,16 @@ def _scan_entering_kernel(
     for c in tl.range(0, n_chunks, num_stages=STAGES):
         start, cum_last, last_first = c * Q, cum_next, first_next
         cum_next, first_next = _at_end(tl.minimum(c + 1, n_chunks - 1), Q, cum_ptr, first_ptr)
-        cum = _load(cum_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
-        steps = _load(steps_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
+        cum = load_tile(cum_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
+        steps = load_tile(steps_in, chunk_strides, b, head, c, 0, n_chunks, Q, 1, Q).reshape(Q)
         decay_out, decay_chunk = (cum_last - cum) * LOG2E, cum_last * LOG2E
         if first_ptr is not None:
             decay_out = tl.where(q >= last_first, decay_out, -float("inf"))
             decay_chunk = tl.where(last_first < 0, decay_chunk, -float("inf"))
-        x = _load(x_in, x_strides, b, head, start, channel, l, P, Q, BLOCK_P)
+        x = load_tile(x_in, x_strides, b, head, start, channel, l, P, Q, BLOCK_P)
         fed = (x * (steps * tl.exp2(decay_out))[:, None]).to(x.dtype)
-        _store(
+        store_tile(
             entering, entering_strides, b * n_chunks + c, head, channel, 0, P, N, state.to(x.dtype), BLOCK_P, BLOCK_N
         )
-        B = _load(B_in, B_strides, b, group, start, 0, l, N, Q, BLOCK_N)
+        B = load_tile(B_in, B_strides, b, group, start, 0, l, N, Q, BLOCK_N)
         state = tl.dot(tl.trans(fed), B, state * tl.exp2(decay_chunk), input_precision=PRECISION)

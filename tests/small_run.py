@@ -118,6 +118,7 @@ def make_run(run, data, model):
     ]
     by_source = {"code": 3.5, "prose": 4.5}
     rows[-1] |= {"heldout_loss": 5.5, "heldout_bits_per_byte": 4.0, "heldout_bits_per_byte_by_source": by_source}
+    rows[-1] |= {"eval": {"piqa": {"n": 100, "acc": 0.5, "acc_norm": 0.52}}, "eval_s": 0.07}
     checkpoint = run / "checkpoints" / f"step_{STEP:07d}"
     checkpoint.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(record))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import reference
-from model.scan import Plan, decays, document_starts, entering_states, scan, ssd
+from model.scan import Plan, decays, document_starts, entering_states, plan_for, scan, ssd
 
 # of the largest value. float32: sums in another order; bfloat16: some roundings of 2^-9 in products and states
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
@@ -115,3 +115,13 @@ def test_documents_start_at_their_place_in_the_chunk_or_before_it():
         [[-1, -1, 2, 2], [-1, -1, -1, 3], [0, 0, 0, 0]],
         [[-1, 1, 1, 1], [0, 0, 0, 0], [-1, -1, -1, -1]],
     ]
+
+
+def test_programs_take_smaller_parts_of_large_states_and_of_few_heads():
+    def part(b, h, p, n, chunk=None):
+        return plan_for(torch.empty(b, 1, h, p, dtype=torch.bfloat16), n, chunk).block_p
+
+    assert part(8, 64, 64, 128) == part(2, 64, 128, 128) == 64  # 132 multiprocessors, where there is no GPU
+    assert part(1, 64, 64, 128) == part(8, 64, 64, 256) == 32
+    assert part(1, 64, 64, 128, chunk=64) == 64
+    assert part(8, 64, 16, 16) == part(8, 64, 8, 8) == 16

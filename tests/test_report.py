@@ -9,7 +9,7 @@ from small_run import make_data, make_model, make_run
 from eval import report, sample, scoreboard
 
 SECTIONS = ["headline", "data", "training", "heldout", "tasks", "sample", "configuration", "provenance"]
-FIGURES = ["funnel", "loss", "lr", "grad_norm", "tokens_per_s", "heldout", "yardsticks", "tasks"]
+FIGURES = ["funnel", "loss", "lr", "grad_norm", "tokens_per_s", "heldout", "yardsticks", "tasks", "benchmark_piqa"]
 
 
 @pytest.fixture(scope="module")

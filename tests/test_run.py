@@ -28,7 +28,7 @@ def train(data, run, *flags, processes=2):
 
 def numbers(rows):
     """What a run computed, without what it measured of the machine."""
-    measured = ("tokens_per_s", "seconds", "memory_gib")
+    measured = ("tokens_per_s", "seconds", "memory_gib", "eval_s")
     return [{k: v for k, v in row.items() if k not in measured} for row in rows]
 
 

@@ -146,7 +146,7 @@ def test_eval_prints_the_scoreboard_and_writes_scores_page_and_samples(checkpoin
 
 def test_what_the_model_wrote_for_humaneval_is_run_in_the_sandbox(checkpoint, benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "eval.scorer.Scorer.generate_until", lambda self, requests, **_: ["    return x" for _ in requests]
+        "model.scorer.Scorer.generate_until", lambda self, requests, **_: ["    return x" for _ in requests]
     )
     try:
         scoreboard.check_sandbox()

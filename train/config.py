@@ -60,7 +60,7 @@ class TrainConfig:
     clip: float = option(1.0, least=0, help="largest norm of the whole gradient; 0 switches clipping off")
     seed: int = option(1234, least=0, help="of the first weights and of the order of the data")
     ds_config: str | None = option(None, help="a DeepSpeed JSON (default: ds_configs/zero2.json, or cpu.json where there is no GPU)")
-    kernels: str = option("auto", help="which operations run: fused (mamba-ssm, causal-conv1d), torch (PyTorch alone), or auto: fused where its packages and a GPU are present")
+    kernels: str = option("auto", help="which operations run: fused (Triton), torch (PyTorch alone), or auto: fused where Triton and a GPU are present")
     fp8: bool = option(False, help="the layers' matrix products in 8-bit floats, forward and backward (model/fp8.py); weights, optimizer and everything else as without. Needs a GPU that has them (Hopper, Ada, Blackwell); without a GPU they are worked out in float32, slowly")
     recompute: str = option("none", help="layer: keep only each layer's input for the backward pass and run the layer again there (less memory, more work); none: keep everything")
     save_every: int = option(1000, least=0, help="steps between checkpoints; 0 saves only at the end")
@@ -68,6 +68,9 @@ class TrainConfig:
     keep: int = option(5, least=0, help="checkpoints to keep, and the one of lowest held-out loss beside them; older ones are deleted; 0 keeps all")
     eval_every: int = option(500, least=0, help="steps between measurements of the held-out loss; 0 leaves them out")
     eval_tokens: int = option(1_000_000, least=0, help="held-out tokens that a measurement reads, spread over the sources; 0 reads all")
+    eval_data: str | None = option(None, help="a folder of benchmark files (make eval-data), or hub: some of their questions are asked with every measurement (default: the held-out loss alone)")
+    eval_tasks: str | None = option(None, help="with --eval-data: which, such as piqa,mmlu (default: all but HumanEval)")
+    eval_items: int | None = option(None, least=1, help="with --eval-data: questions of each, the same every time (default: 100)")
     timeout_minutes: float = option(10.0, least=0.1, help="minutes that a process waits for another before it fails; make it longer than the slowest save")
     skip_sigma: float = option(6.0, least=0, help="a step whose loss or gradient norm is this many standard deviations above those of the last 128 steps is skipped; 0 skips only what is not a number")
     rollback_after: int = option(5, least=0, help="steps skipped in a row after which the run goes back to its last good checkpoint and passes over the data in between; 0 never goes back")
@@ -247,6 +250,11 @@ def make_plan(config, *, vocab_size, n_tokens, world_size, zero=None, gpu_memory
     steps = plan_steps(config, batch_tokens, (n_tokens - 1) // model.seq_len / batch_sequences)
     warmup_steps = min(2000, steps // 10) if config.warmup_steps is None else config.warmup_steps
     decay_steps, muon_lr = _decay_steps(config, steps), _muon_lr(config, lr)
+    for name in ("eval_tasks", "eval_items"):
+        if getattr(config, name) is not None and config.eval_data is None:
+            raise ValueError(f"{flag(name)} {getattr(config, name)} acts with --eval-data alone, and there is none")
+    if config.eval_data is not None and not config.eval_every:
+        raise ValueError(f"--eval-data {config.eval_data} is asked at every --eval-every steps, and that is 0")
     if warmup_steps >= steps:
         raise ValueError(f"--warmup-steps {warmup_steps} leaves no step of the {steps} to train at the full rate")
     if decay_steps is not None and warmup_steps + decay_steps > steps:

@@ -24,6 +24,7 @@ from train.norms import GradientNorms
 from train.optim import check_optimizer
 from train.processes import Stop, start_processes, tell
 from train.profiler import Profiler
+from train.quiz import Cost, Quiz, make_questions
 from train.run_dir import RunDir, check_new_or_resumed, cut_metrics, describe, remove_unfinished, write_json
 from train.saves import Saves, go_back
 from train.schedule import learning_rate
@@ -78,6 +79,8 @@ def train(config, origins=None, explain_for=None):
     if config.init_from and not (config.resume and run_dir.checkpoints()):
         initial = open_weights(config.init_from, plan.model, data.tokenizer_file, rank, world_size)
 
+    questions = make_questions(config, plan, data.tokenizer_file) if config.eval_data and rank == 0 else None
+
     stop = Stop()
     start_processes(rank, world_size, config.timeout_minutes)
     device = deepspeed.get_accelerator().current_device_name()
@@ -85,6 +88,7 @@ def train(config, origins=None, explain_for=None):
     if config.init_from and not (checkpoint or initial):  # every checkpoint of the run's own is damaged
         initial = open_weights(config.init_from, plan.model, data.tokenizer_file, rank, world_size)
     step = checkpoint.step if checkpoint else 0
+    quiz, cost = Quiz(questions, plan) if config.eval_data else None, Cost()
     metrics = None
     if rank == 0:
         remove_unfinished(run_dir)
@@ -99,6 +103,9 @@ def train(config, origins=None, explain_for=None):
         metrics.event("resume" if step else "start", step, f"{config.run} {going}, {text}")
         for line in data_lines:
             metrics.say(line)
+        if quiz:
+            quiz.write(run_dir.questions)
+            metrics.say(quiz.about)
 
     watchdog = Watchdog(rank, world_size, config.timeout_minutes * 60, run_dir.stacks(rank), metrics)
     with watchdog, Profiler(plan, run_dir, metrics) as profiler:
@@ -153,9 +160,13 @@ def train(config, origins=None, explain_for=None):
             if norms:
                 row |= norms.end(grad_norm)
             if config.eval_every and (step % config.eval_every == 0 or (step == plan.last_step and not told.stop)):
-                row |= heldout_loss(
-                    engine, data.heldout, plan, config.eval_tokens, partial(watchdog.note, step, "eval")
-                )
+                began, note = time.perf_counter(), partial(watchdog.note, step, "eval")
+                row |= heldout_loss(engine, data.heldout, plan, config.eval_tokens, note)
+                if quiz:
+                    row |= quiz.ask(engine, note)
+                row["eval_s"] = round(time.perf_counter() - began, 3)
+                if (line := cost.line(began, config.eval_every)) and metrics:
+                    metrics.say(line)
             if metrics:
                 metrics.log(row)
                 if skipped:

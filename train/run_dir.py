@@ -9,6 +9,7 @@ runs/demo/
     checkpoints/step_0000400/       see train/checkpoint.py
     best.json                       which of them has the lowest held-out loss
     tensorboard/, trackers/         what train/trackers.py keeps
+    eval/questions.json             what the benchmarks are asked while it trains
     eval/step_0000400.json          scores of that checkpoint
     report.html
 """
@@ -36,7 +37,8 @@ CHECKPOINT_PREFIX = "step_"
 # What may differ when a run goes on: where it stops, how it is watched, and how the work is laid out over machines.
 MAY_CHANGE = frozenset({
     "run.data", "run.run", "run.stop_after", "run.micro_batch", "run.ds_config", "run.save_every", "run.keep",
-    "run.eval_every", "run.eval_tokens", "run.resume", "run.verify_data", "run.timeout_minutes",
+    "run.eval_every", "run.eval_tokens", "run.eval_data", "run.eval_tasks", "run.eval_items",
+    "run.resume", "run.verify_data", "run.timeout_minutes",
     "run.skip_sigma", "run.rollback_after",
     "run.preset", "run.kernels", "run.recompute", "run.norms_every", "run.wandb", "run.tensorboard", "run.clearml",
     "run.save", "run.profile_steps",
@@ -74,6 +76,10 @@ class RunDir:
     @property
     def best(self):
         return self.path / "best.json"
+
+    @property
+    def questions(self):
+        return self.path / "eval" / "questions.json"
 
     @property
     def report(self):

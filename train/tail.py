@@ -48,8 +48,9 @@ def parse(line):
 
 
 def flat_row(row, separator):
-    """{"loss": 2.0, "by": {"a": 1}} -> {"loss": 2.0, "by.a": 1}, with "." as the separator; one level deep."""
+    """{"loss": 2.0, "by": {"a": 1}} -> {"loss": 2.0, "by.a": 1}, with "." as the separator."""
     flat = {}
     for key, value in row.items():
-        flat |= {f"{key}{separator}{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        inner = flat_row(value, separator) if isinstance(value, dict) else None
+        flat |= {key: value} if inner is None else {f"{key}{separator}{k}": v for k, v in inner.items()}
     return flat
