@@ -20,6 +20,9 @@ from model.tiles import has_copy_engine, load_tile, store_tile, tiles
 BACKWARD_CHUNK = 64  # positions between two states that the backward pass starts from
 PRECISION = tl.constexpr("tf32x3")  # float32 factors in three TF32 parts each: products near float32
 LOG2E = tl.constexpr(1.4426950408889634)
+# Numbers of which Triton makes no kernel of their own where they are 1: it would unroll the walk of one chunk,
+# and ptxas 12.8, which comes with Triton 3.6, then has tensor cores read the wrong shared memory.
+SIZES = ["l", "h", "heads_of_group", "n_chunks"]
 
 
 @torch.compiler.disable
@@ -235,7 +238,7 @@ def _at_end(c, Q: tl.constexpr, cum_ptr, first_ptr):
     return tl.load(cum_ptr + c * Q + Q - 1), first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scan_kernel(
     x_in, B_in, C_in, y_out, keys_in, cum_in, first_in,
     x_strides, B_strides, C_strides, y_strides, chunk_strides, first_strides,
@@ -300,7 +303,7 @@ def _scan_kernel(
     tl.store(at, state, mask=(n[:, None] < N) & (p[None, :] < P))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scan_entering_kernel(
     x_in, B_in, entering, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
     cum_ptr, first_ptr, initial_ptr, l, h, heads_of_group, n_chunks,

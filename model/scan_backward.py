@@ -31,6 +31,7 @@ import triton.language as tl
 from model.tiles import has_copy_engine, load_tile, store_tile, tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SIZES = ["l", "h", "n_blocks", "heads_of_group", "heads_of_program"]  # see model/scan.py
 
 
 def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, dx_out=None, dB_out=None, dC_out=None):
@@ -156,7 +157,7 @@ def _add(a, b, other_a, other_b):
     return a + other_a, b + other_b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scan_backward_states_kernel(
     dy_in, dy_strides, C_in, C_strides, cum_in, cum_strides, dstates_out, dstates_strides,
     dlast_ptr, cum_ptr, ids_ptr, dinitial_ptr, l, h, n_blocks, padded_l, heads_of_group,
@@ -202,7 +203,7 @@ def _scan_backward_states_kernel(
     tl.store(dinitial_ptr + at, dstate, mask=state_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scan_backward_blocks_kernel(
     x_in, x_strides, dy_in, dy_strides, B_in, B_strides, C_in, C_strides, entering_in, entering_strides,
     dstates_in, dstates_strides, steps_in, cum_in, cum_strides, dx_out, dx_strides,
