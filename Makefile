@@ -43,6 +43,8 @@ venv_from_apt = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "py
 
 .venv/dev: .venv/ready requirements-dev.txt
 	$(PY) -m pip install --quiet --progress-bar off -r requirements-dev.txt
+	@# for its interpreter, on which the kernels are tested where there is no GPU; PyTorch for GPUs has a version of its own
+	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet --progress-bar off triton==3.6.0
 	@touch $@
 
 # dolma needs older libraries than ours, and only uv sorts them out in seconds.

@@ -21,11 +21,12 @@ import torch
 
 from curation.tokenizer import load_tokenizer
 from eval.harness import run_tasks
-from eval.models import BATCH_SIZE, DTYPES, OwnModel, load_model
+from eval.models import DTYPES, OwnModel, load_model
 from eval.task_data import BENCHMARKS, check_names, load_tasks
 from model.config import PRESETS
 from model.export import export
 from model.hybrid import HybridLM
+from model.scorer import BATCH_SIZE
 from model.weights import load_checkpoint, write_weights
 
 

@@ -35,15 +35,13 @@ from curation.tokenizer import load_tokenizer
 from model.config import PRESETS
 from model.decode import Decoder
 from model.generate import prefill
-from model.scorer import MAX_LOGITS, padded, to_device
+from model.scorer import BATCH_SIZE, MAX_LOGITS, padded, rows_that_fit, to_device
 from model.weights import MANIFEST, load_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARAGRAPH = re.compile(rf"(?:{CUT.pattern})(?=\n\n)")
 FILES = (".json", ".safetensors", ".model", ".txt")  # of a Hugging Face folder that are read
-BATCH_SIZE = 64  # texts in a forward pass
-STATES = 1 << 34  # bytes: what the rows of a forward pass on a GPU keep, of PREFIX_TOKENS each
-PREFIX_TOKENS = 1024
+STATES = 1 << 34  # bytes that the rows of a forward pass on a GPU may keep
 SAME = 1e-3  # of the largest log-probability's size: a cache that continues wrongly is off by far more
 
 
@@ -59,6 +57,8 @@ def load_model(spec, *, device, dtype=None, size=None):
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if size is not None and size not in PRESETS:
         raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # or every process would keep a context on the first GPU too
     path = Path(spec)
     if (path / MANIFEST).is_file():
         checkpoint = load_checkpoint(path)
@@ -129,11 +129,7 @@ class OwnModel(OwnText):
         """Rows that a forward pass has if nobody says how many: on a GPU, as many as STATES holds states of."""
         if self.device.type == "cpu":
             return BATCH_SIZE
-        config = self.model.config
-        scan = 4 * config.n_mamba_heads * config.d_state * config.mamba_head_dim
-        cache = 2 * DTYPES[self.dtype].itemsize * config.n_kv_heads * config.head_dim * PREFIX_TOKENS
-        rows = STATES // (config.layer_pattern.count("M") * scan + config.layer_pattern.count("A") * cache)
-        return min(512, 1 << max(rows, 8).bit_length() - 1)
+        return rows_that_fit(self.model.config, STATES, DTYPES[self.dtype].itemsize)
 
     def read(self, rows, state, places, keep):
         tokens, lengths = padded(rows, self.prefix_id, self.device)

@@ -118,7 +118,7 @@ def start(point, n_gpus, ds_config):
     for rank in range(n_gpus):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_gpus), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "TRITON_CACHE_AUTOTUNING": "1",
+            "MASTER_PORT": port,
         }  # fmt: skip
         command = [sys.executable, "-m", "launch.measure", "--point", json.dumps(point), "--ds-config", str(ds_config)]
         children.append(

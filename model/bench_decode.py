@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec, module_from_spec
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -118,8 +119,9 @@ def stock_model(model):
 def take_mamba_ssm_bare():
     """Make mamba_ssm's Triton kernels importable where its CUDA extension, which is Mamba-1's, was not built."""
     found = find_spec("mamba_ssm")
-    if found is not None and not find_spec("selective_scan_cuda"):
-        sys.modules.setdefault("mamba_ssm", module_from_spec(found))
+    if found and "selective_scan_cuda" not in sys.modules and not find_spec("selective_scan_cuda"):
+        sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")
+        sys.modules.setdefault("mamba_ssm", module_from_spec(found))  # without its own __init__
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 scan.py, scan_backward.py and gated_norm.py.
 
 Every kernel reads its inputs where in_proj left them and writes their gradients side by side into one tensor, so that
-nothing is cut apart or put together again. The backward pass works the convolution's output out anew.
+nothing is cut apart or put together again.
 """
 
 import torch
@@ -45,13 +45,13 @@ class Mixer(torch.autograd.Function):
         y = y.flatten(2)
         normed, scales = norm_forward(y, z, norm_weight, n_groups, eps)
         weights = conv_weight, conv_bias, A_log, D, dt_bias, norm_weight
-        ctx.save_for_backward(zxbcdt, *weights, y, scales, document_ids, conv_state, ssm_state)
+        ctx.save_for_backward(zxbcdt, *weights, fed, y, scales, document_ids, conv_state, ssm_state)
         ctx.mark_non_differentiable(last)
         return normed, last
 
     @staticmethod
     def backward(ctx, dnormed, _):
-        zxbcdt, *weights, y, scales, document_ids, conv_state, ssm_state = ctx.saved_tensors
+        zxbcdt, *weights, fed, y, scales, document_ids, conv_state, ssm_state = ctx.saved_tensors
         conv_weight, conv_bias, A_log, D, dt_bias, norm_weight = weights
         n_groups = scales.shape[-1]
         dzxbcdt = torch.empty(zxbcdt.shape, device=zxbcdt.device, dtype=zxbcdt.dtype)
@@ -59,7 +59,6 @@ class Mixer(torch.autograd.Function):
         dz, dxBC, ddt_before = dzxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
         dy, _, dnorm_weight = norm_backward(dnormed, y, z, norm_weight, scales, dz=dz)
 
-        fed = conv_forward(xBC, conv_weight, conv_bias, document_ids, conv_state)
         dfed = torch.empty_like(fed)
         x, B, C = by_head(fed, A_log, norm_weight, n_groups)
         dx, dB, dC = by_head(dfed, A_log, norm_weight, n_groups)

@@ -18,7 +18,7 @@ copyreg.pickle(ModuleType, lambda module: (import_module, (module.__name__,)))
 
 KERNELS = ("auto", "torch", "fused")
 # what model/fused.py imports -> what pip calls it
-PACKAGES = {"triton": "triton", "mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+PACKAGES = {"triton": "triton"}
 NO_GPU = "no CUDA GPU is visible"
 
 
@@ -50,14 +50,14 @@ def why_not_fused():
     """What the fused kernels lack here, in one line with what to do about it; None if nothing."""
     for package, name in PACKAGES.items():
         if find_spec(package) is None:
-            return f"{name} is not installed: pip install --no-build-isolation -r requirements-gpu.txt"
+            return f"{name} is not installed: pip install triton, which PyTorch for GPUs brings along"
     if not torch.cuda.is_available():
         return NO_GPU
     try:
         import_module("model.fused")
     except ImportError as error:  # a package that is there, but was built for another torch
         line = str(error).splitlines()[0]
-        return f"{line}: pip install --force-reinstall --no-build-isolation -r requirements-gpu.txt"
+        return f"{line}: reinstall it for this PyTorch"
     return None
 
 

@@ -6,15 +6,18 @@ reference.ssd, L_kq = exp(cum_q - cum_k) for k <= q, and S (p, n) the state that
 
     y_q = sum_k L_kq (B_k C_q) dt_k x_k + in_q S C_q + D x_q        S' = whole S + sum_k out_k dt_k x_k B_k^T
 
-_scan_backward_states_kernel walks each head's blocks from the last to the first with dS, the gradient of S, in registers:
+_scan_backward_states_kernel walks each head's blocks from the last to the first with dS, the gradient of S, in
+registers:
     dS = whole dS' + sum_q in_q dy_q C_q^T
-_scan_backward_blocks_kernel takes a block of all heads that share B and C, so that x, dy, S and dS' come from memory once:
+_scan_backward_blocks_kernel takes a block of all heads that share B and C, so that x, dy, S and dS' come from memory
+once:
     dx_k = dt_k (sum_q L_kq (B_k C_q) dy_q + out_k dS' B_k) + D dy_k
     dB_k = sum_q G_kq C_q + sum_h out_k dt_k dS'^T x_k        with G_kq = sum_h L_kq dt_k (x_k dy_q)
     dC_q = sum_k G_kq B_k + sum_h in_q S^T dy_q
-_scan_backward_decays_kernel gathers the gradient of each log decay. What passes through the decay at t: pairs k < t <= q, the
-entering state on its way to q >= t, tokens k < t on their way to the leaving state, and the state that crosses the
-block. The pairs are sums over rows less sums over columns of one float32 tile, added up from the document's end.
+_scan_backward_decays_kernel gathers the gradient of each log decay. What passes through the decay at t: pairs
+k < t <= q, the entering state on its way to q >= t, tokens k < t on their way to the leaving state, and the state that
+crosses the block. The pairs are sums over rows less sums over columns of one float32 tile, added up from the
+document's end.
 """
 
 from contextlib import nullcontext
@@ -133,7 +136,8 @@ def plan(b, l, h, p, g, n, chunk, dtype, device):
     while states_block_n > 16 and b * h * triton.cdiv(p, block_p) * n // states_block_n < 2 * PROGRAMS:
         states_block_n //= 2
     states_stages = 3 if dtype.itemsize == 2 else 2
-    return Launch(block, block_p, warps, stages, splits, states_block_n, 4, states_stages, has_copy_engine(device))
+    copies = has_copy_engine(device) and l > block  # a row of one block has nothing to fetch ahead
+    return Launch(block, block_p, warps, stages, splits, states_block_n, 4, states_stages, copies)
 
 
 @triton.jit

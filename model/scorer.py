@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 MIN_SAVED_TOKENS = 12  # and MIN_SAVED of what would be read: a stretch that saves less than either costs more, in
 MIN_SAVED = 1 / 12  # smaller batches, than it spares
+BATCH_SIZE = 64  # texts in a forward pass
+PREFIX_TOKENS = 1024  # that a row keeps, when it is counted how many rows fit
 MAX_POSITIONS = 1 << 15  # of one forward pass, padding included; one text may have more
 MAX_PADDING = 2048  # positions: about as many as a GPU reads in the time that it takes to begin another pass
 MAX_LOGITS = 1 << 27  # at a time: 512 MiB in float32
@@ -119,8 +121,11 @@ class Scorer:
     def loglikelihoods(self, requests, what="scoring", theirs=None):
         """[Answer] of each (context, continuation). theirs: the requests that lm-eval would make, if not these."""
         pieces = self.pieces(requests)
-        asked = pieces if theirs is None else self.pieces(theirs, count=False)
-        self.forward_tokens_hf += sum(map(len, {tuple(inputs) for inputs, _ in asked}))
+        known = dict(zip(requests, pieces, strict=True))
+        new = [request for request in theirs or () if request not in known]
+        known |= zip(new, self.pieces(new, count=False), strict=True)
+        asked = requests if theirs is None else theirs
+        self.forward_tokens_hf += sum(map(len, {tuple(known[request][0]) for request in asked}))
         self._encoded, self._pairs = {}, {}
         scores = self.score(pieces, what)
         return [Answer(*score, len(targets)) for score, (_, targets) in zip(scores, pieces, strict=True)]
@@ -491,6 +496,14 @@ def batches(nodes, batch_size, max_positions, max_scored, ragged):
             yield batch
 
 
+def rows_that_fit(config, n_bytes, itemsize):
+    """8 to 512 texts of a forward pass; states of PREFIX_TOKENS, of itemsize a number, fill at most n_bytes."""
+    scan = 4 * config.n_mamba_heads * config.d_state * config.mamba_head_dim
+    cache = 2 * itemsize * config.n_kv_heads * config.head_dim * PREFIX_TOKENS
+    rows = n_bytes // (config.layer_pattern.count("M") * scan + config.layer_pattern.count("A") * cache)
+    return min(512, 1 << max(rows, 8).bit_length() - 1)
+
+
 def padded(rows, filler, device):
     """Rows of ids as one tensor (b, l) there, and their lengths (b,), None if they are all the same."""
     lengths = [len(row) for row in rows]
@@ -512,7 +525,7 @@ def from_device(tensor):
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait():
         copied.synchronize()

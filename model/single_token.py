@@ -160,8 +160,10 @@ def attention_step(
     b, _, h, p = q.shape
     capacity, n_kv = keys.shape[1:3]
     block_p = max(16, triton.next_power_of_2(p))
-    if block is None:  # of 16 KB of keys, or, where there are many programs, 8 KB, so that more of them run at once
-        block = max(16, (8192 if b * n_kv >= 128 else 16384) // (block_p * q.element_size()))
+    if block is None:
+        # 16 KB of keys; 8 KB where there are many programs, so that more run at once, and of float32 (spills)
+        tile = 8192 if b * n_kv >= 128 or q.element_size() == 4 else 16384
+        block = max(16, tile // (block_p * q.element_size()))
     splits = min(MAX_SPLITS, triton.cdiv(PROGRAMS, b * n_kv), triton.cdiv(capacity, block))
     split = max(block, triton.next_power_of_2(triton.cdiv(capacity, splits)))  # few values, so few compilations
     splits = triton.cdiv(capacity, split)

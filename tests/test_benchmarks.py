@@ -253,7 +253,7 @@ def in_process(target, *args):
 
 def one_rank(rank, n_ranks, store, checkpoint, questions, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n_ranks)
-    results = score(checkpoint, questions, out)
+    results = score(checkpoint, questions, out, batch_size=1)  # many jobs, so that every rank has some
     (out / f"rank{rank}.json").write_text(json.dumps({k: v for k, v in results.items() if k == "forward_tokens"}))
     dist.barrier()
     os._exit(0)
@@ -261,7 +261,7 @@ def one_rank(rank, n_ranks, store, checkpoint, questions, out):
 
 @pytest.mark.parametrize("n_ranks", [2, 3])
 def test_several_processes_give_the_scores_of_one(n_ranks, checkpoint, questions, tmp_path):
-    expected = score(checkpoint, questions, tmp_path / "one")
+    expected = score(checkpoint, questions, tmp_path / "one", batch_size=1)
     out = tmp_path / "many"
     out.mkdir()
     ranks = [
@@ -301,26 +301,26 @@ def killed_after(n, checkpoint, questions, out):
         add(self, key, result)
 
     AnswerFile.add = add_and_die
-    score(checkpoint, questions, out)
+    score(checkpoint, questions, out, batch_size=1)
 
 
 def test_a_killed_run_goes_on_where_it_was(checkpoint, questions, tmp_path, monkeypatch):
-    expected = score(checkpoint, questions, tmp_path / "whole")
+    expected = score(checkpoint, questions, tmp_path / "whole", batch_size=1)
     process = in_process(killed_after, 7, checkpoint, questions, tmp_path / "killed")
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     asked = []
     read = OwnModel.read
     monkeypatch.setattr(OwnModel, "read", lambda self, *args, **more: asked.append(1) or read(self, *args, **more))
-    results = score(checkpoint, questions, tmp_path / "killed")
+    results = score(checkpoint, questions, tmp_path / "killed", batch_size=1)
     n_first = len(asked)
     for task in SMALL:
         written = (tmp_path / f"killed/samples/{task}.jsonl").read_bytes()
         assert written == (tmp_path / f"whole/samples/{task}.jsonl").read_bytes()
     assert results["forward_tokens"] == expected["forward_tokens"]
-    score(checkpoint, questions, tmp_path / "killed")
+    score(checkpoint, questions, tmp_path / "killed", batch_size=1)
     assert len(asked) == n_first > 0  # all is known now
-    score(checkpoint, questions, tmp_path / "fresh")
+    score(checkpoint, questions, tmp_path / "fresh", batch_size=1)
     assert len(asked) > 2 * n_first  # what was known was not asked again
 
 

@@ -69,7 +69,7 @@ def test_three_ranks_score_in_every_stage_what_one_process_does(stages, question
         (ids[:-1], ids[len(ids) - n :])
         for task in content["tasks"].values() for item in task["items"] for ids, n in (*item["texts"], *item["alone"])
     ]  # fmt: skip
-    answers = iter(Scorer(OwnModel(model.eval(), tokenizer)).score(pieces))
+    answers = iter(Scorer(OwnModel(model.eval(), tokenizer), max_positions=2 * 64).score(pieces))
     alone = {name: score_task(task, answers) for name, task in content["tasks"].items()}
     assert alone["arc_easy"]["n"] == 3 and alone["mmlu"]["n"] == 20
     for ranks in stages.values():

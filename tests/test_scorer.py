@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +68,25 @@ def test_shared_beginnings_are_read_once_and_score_as_if_read_alone(layers, batc
     assert scorer.forward_tokens < 0.3 * scorer.forward_tokens_hf
 
 
+@pytest.mark.parametrize("change", [{"layer_pattern": "MAM"}, {"positions": "alibi"}, {"positions": "none"},
+                                    {"qk_norm": True, "attention_gate": True, "chunk_size": 4}])  # fmt: skip
+@torch.inference_mode()
+def test_rows_of_different_lengths_leave_what_each_leaves_alone(change):
+    model = make_model(**{"seq_len": 64} | change)
+    tokens = torch.arange(3 * 29).mul(7).remainder(384).view(3, 29)
+    first, second, rest = torch.tensor([11, 1, 6]), torch.tensor([2, 9, 13]), 5
+    state = None
+    for lengths, start in ((first, 0 * first), (second, first)):
+        index = start[:, None] + torch.arange(lengths.max())
+        state = model.going_on(state, lengths)
+        model.hidden(tokens.gather(1, index), state=state)
+    index = (first + second)[:, None] + torch.arange(rest)
+    hidden = model.hidden(tokens.gather(1, index), state=model.going_on(model.take_rows(state, [0, 1, 2])))
+    for row, n in enumerate((first + second).tolist()):
+        alone = model.hidden(tokens[row : row + 1, : n + rest])
+        torch.testing.assert_close(hidden[row], alone[0, n:], atol=2e-5, rtol=1e-5)  # of float32 sums in another order
+
+
 def test_every_batch_size_gives_the_same_choices(tokenizer):
     model, requests = own_model(tokenizer), questions()
     scores = {n: [a.nats for a in Scorer(model, batch_size=n).loglikelihoods(requests)] for n in (1, 8, 64)}
@@ -106,11 +126,9 @@ def test_tree_holds_every_score_once_and_no_stretch_twice():
         longest = [text for text in texts if not any(text == other[: len(text)] for other in texts - {text})]
         assert n_tokens < 0.6 * sum(map(len, longest)) if share else n_tokens == sum(map(len, longest))
         for batch_size in (1, 4):
-            slots = [
-                slot
-                for job in cut_into_jobs(nodes, batch_size, lambda part: batches(part, batch_size, 64, 64, True))
-                for slot in job.slots
-            ]
+            into_batches = partial(batches, batch_size=batch_size, max_positions=64, max_scored=64, ragged=True)
+            jobs = cut_into_jobs(nodes, batch_size, into_batches)
+            slots = [slot for job in jobs for slot in job.slots]
             assert sorted(slots) == list(range(len(found)))
 
 

@@ -121,6 +121,13 @@ def test_damaged_and_unfinished_checkpoints_are_told_from_whole_ones(tmp_path, c
     assert line_with(text, "step_0000040").endswith("0.5 MiB unfinished")
 
 
+def test_benchmarks_of_the_last_measurement_are_shown(tmp_path, capsys):
+    scores = {"piqa": {"n": 100, "acc": 0.52}, "mmlu": {"n": 100, "acc": 0.25}}
+    with (make_run(tmp_path / "run") / "metrics.jsonl").open("a") as rows:
+        rows.write(json.dumps(row_of(51, heldout_loss=3.2, eval=scores)) + "\n")
+    assert line_with(printed(capsys, tmp_path), "piqa") == "step 51: piqa 52%, mmlu 25%"
+
+
 def test_all_runs_below_a_folder_stand_side_by_side(tmp_path, capsys):
     for name in ("b/second", "first", "third"):
         make_run(tmp_path / name)

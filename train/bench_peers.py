@@ -24,13 +24,13 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import profile
 
+from model.bench_decode import take_mamba_ssm_bare
 from model.config import get_preset
 from model.stock import GRANITE, stock_class
 from train.bench import free_port, machine
@@ -141,14 +141,6 @@ PEERS = [name for name in NETWORKS if name != OURS]
 
 def attention_layers(shape):
     return [i for i, kind in enumerate(shape.layer_pattern) if kind == "A"]
-
-
-def take_mamba_ssm_bare():
-    """Make mamba_ssm's Triton kernels importable where its CUDA extension, which is Mamba-1's, was not built."""
-    found = importlib.util.find_spec("mamba_ssm")
-    if found and "selective_scan_cuda" not in sys.modules and not importlib.util.find_spec("selective_scan_cuda"):
-        sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")
-        sys.modules.setdefault("mamba_ssm", importlib.util.module_from_spec(found))  # without its own __init__
 
 
 # ---- timing

@@ -60,7 +60,7 @@ class TrainConfig:
     clip: float = option(1.0, least=0, help="largest norm of the whole gradient; 0 switches clipping off")
     seed: int = option(1234, least=0, help="of the first weights and of the order of the data")
     ds_config: str | None = option(None, help="a DeepSpeed JSON (default: ds_configs/zero2.json, or cpu.json where there is no GPU)")
-    kernels: str = option("auto", help="which operations run: fused (mamba-ssm, causal-conv1d), torch (PyTorch alone), or auto: fused where its packages and a GPU are present")
+    kernels: str = option("auto", help="which operations run: fused (Triton), torch (PyTorch alone), or auto: fused where Triton and a GPU are present")
     fp8: bool = option(False, help="the layers' matrix products in 8-bit floats, forward and backward (model/fp8.py); weights, optimizer and everything else as without. Needs a GPU that has them (Hopper, Ada, Blackwell); without a GPU they are worked out in float32, slowly")
     recompute: str = option("none", help="layer: keep only each layer's input for the backward pass and run the layer again there (less memory, more work); none: keep everything")
     save_every: int = option(1000, least=0, help="steps between checkpoints; 0 saves only at the end")

@@ -50,8 +50,6 @@ def main(argv=None):
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for GPUs, and warns that it found none
-    # the tile sizes that mamba-ssm's kernels try out are kept with the compiled kernels, not found anew by each start
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     # about calls that DeepSpeed makes
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from train.loop import Stopped, train  # here, so that --help waits for neither

@@ -104,7 +104,7 @@ def train(config, origins=None, explain_for=None):
         for line in data_lines:
             metrics.say(line)
         if quiz:
-            write_json(run_dir.questions, quiz.questions)
+            quiz.write(run_dir.questions)
             metrics.say(quiz.about)
 
     watchdog = Watchdog(rank, world_size, config.timeout_minutes * 60, run_dir.stacks(rank), metrics)

@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from curation.shards import new_file
 from model.choices import choose, mean_scores
-from model.scorer import MAX_POSITIONS, NotFinite, Scorer, padded, to_device
+from model.scorer import BATCH_SIZE, MAX_POSITIONS, NotFinite, Scorer, padded, rows_that_fit, to_device
 from train.checkpoint import owned_pieces
 from train.trackers import LAUNCHER_VARIABLES, ROOT
 
+STATES = 1 << 32  # bytes that the rows of a forward pass on a GPU may keep
 ITEMS = 100  # questions of each benchmark
 MOST = 0.02  # of the time of a run that measuring may take
 LEAST_S = 1.0  # less is nothing to speak of
@@ -57,6 +59,10 @@ class Quiz:
         dist.broadcast_object_list(told, src=0)
         [self.questions], self.plan = told, plan
 
+    def write(self, path):
+        with new_file(path) as file:
+            file.write(json.dumps(self.questions, separators=(",", ":")).encode())
+
     @property
     def about(self):
         tasks = self.questions["tasks"]
@@ -70,7 +76,8 @@ class Quiz:
         watchdog. Weights, optimizer and random state stay as they are: nothing is drawn, and no gradient is taken.
         """
         model = LiveModel(engine, self.plan, self.questions["prefix_id"], note)
-        scorer = Scorer(model, max_positions=max(MAX_POSITIONS, self.plan.model.seq_len), quiet=True)
+        positions = min(MAX_POSITIONS, self.plan.micro_batch * self.plan.model.seq_len)  # a step keeps more of as many
+        scorer = Scorer(model, max_positions=positions, quiet=True)
         tasks, pieces = self.questions["tasks"], []
         for task in tasks.values():
             for item in task["items"]:
@@ -112,9 +119,9 @@ class LiveModel:
     def __init__(self, engine, plan, prefix_id, note):
         self.engine, self.prefix_id, self.note = engine, prefix_id, note
         self.seq_len, self.vocab_size = plan.model.seq_len, plan.model.vocab_size
-        self.batch_size = max(8, min(64, MAX_POSITIONS // plan.model.seq_len))
         self.together = engine.zero_optimization_stage() == 3 and dist.get_world_size() > 1
         self.head = master_of(engine, "embedding.weight" if plan.model.tied_embeddings else "head.weight")
+        self.batch_size = rows_that_fit(plan.model, STATES, 2) if self.head.is_cuda else BATCH_SIZE
 
     def read(self, rows, state, places, keep):
         if self.together:

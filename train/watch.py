@@ -318,6 +318,10 @@ def details_of(run, width, n_rows):
     if lines:
         margins = [f"loss {high:.3f}", *[""] * (n_rows - 2), f"{low:.3f}"] if n_rows > 1 else [f"loss {low:.3f}"]
         found += [f"{margin:>13} {line}" for margin, line in zip(margins, lines, strict=True)]
+    measured = run.rows.heldout or {}
+    if measured.get("eval"):
+        scores = [f"{name} {score['acc']:.0%}" for name, score in measured["eval"].items()]
+        found.append(f"  step {measured['step']:,}: {', '.join(scores)}"[: width - 1])
     for name, n_bytes, what, best in run.checkpoints[-N_CHECKPOINTS:]:
         found.append(f"  {name:<14} {size(n_bytes):>10}  {what}{', best held-out loss' if best else ''}")
     older = len(run.checkpoints) - N_CHECKPOINTS
