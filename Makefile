@@ -127,7 +127,7 @@ supervise: setup  ## train, and start again by itself after a failure: make supe
 drill: setup  ## break a job in nine ways on two hosts of this machine's own making (root): make drill DRILL_ARGS=--short
 	$(PY) -m launch.drill $(DRILL_ARGS)
 
-test: .venv/dev  ## run the tests (a quarter of an hour on two cores)
+test: .venv/dev  ## run the tests (twenty minutes on two cores)
 	$(PY) -m pytest
 
 test-gpu: .venv/dev  ## compare the fused kernels with PyTorch on this machine's GPU

@@ -58,7 +58,9 @@ class Watchdog:
         self.advanced = time.monotonic()  # rank 0: when any rank last got on
         self.verdict, self.over = ["", False], threading.Event()
         self._beat()
-        dist.barrier()  # every rank has beaten once
+        dist.barrier()  # every rank has beaten once,
+        if rank == 0:
+            self._beat(-1)  # and rank 0 has heard it, so that it can name each of them from the first step on
         self.rank_0 = f"rank 0 on {json.loads(self.store.get(self.keys[0]))['host']}"
         for target in (self._beat_on, self._judge_on):
             threading.Thread(target=target, daemon=True).start()
