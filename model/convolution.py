@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.tiles import by_rows
+
 # rows of a program, rows loaded at a time, such groups under way, channels, warps (H200)
 FORWARD = {"ROWS": 32, "GROUP": 8, "STAGES": 1, "BLOCK_D": 256, "num_warps": 2}
 BACKWARD = {"ROWS": 64, "GROUP": 4, "STAGES": 1, "BLOCK_D": 128, "num_warps": 1}
@@ -75,11 +77,6 @@ def conv_backward(dy, x, weight, bias, document_ids=None, initial_state=None, dx
         )  # fmt: skip
     sums = sums.sum(dim=(0, 1))
     return dx, sums[:width].mT.to(weight.dtype), sums[width].to(bias.dtype), dbefore
-
-
-def by_rows(x):
-    """x, copied only if neighbours in its last dimension do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def contiguous(x):

@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from model.convolution import by_rows, sigmoid
+from model.convolution import sigmoid
+from model.tiles import in_rows
 
 # rows of a tile, for a group of 4096 channels, tiles of a program, how many of them are under way, warps (H200)
 FORWARD = {"BLOCK_R": 1, "TILES": 1, "num_warps": 16}
@@ -65,11 +66,6 @@ def norm_backward(dy, x, z, weight, scales, dz=None, config=BACKWARD):
             dy.stride(0), x.stride(0), z.stride(0), dz_rows.stride(0), **config,
         )  # fmt: skip
     return dx, dz, dweights.sum(0).to(weight.dtype)
-
-
-def in_rows(x):
-    """x (b, l, d) as (b l, d), copied only if the distance from row to row is not always the same."""
-    return by_rows(x.flatten(0, 1))
 
 
 def fitting(config, n, group, element):

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.tiles import in_rows
+
 BLOCK, WARPS = 1024, 4  # columns of a row that a program multiplies: 8 a thread, a load of 128 bits in bfloat16
 
 
@@ -69,7 +71,7 @@ def multiply_backward(x, gate, dy, dx, dgate, silu):
 
 def launch(kernel, *tensors, silu):
     """A kernel over tensors of one shape, each by rows with a stride of its own."""
-    rows = [t.reshape(-1, t.shape[-1]) if t.stride(-1) == 1 else t.contiguous().flatten(0, -2) for t in tensors]
+    rows = [in_rows(t) for t in tensors]
     n, d = rows[0].shape
     with torch.cuda.device_of(rows[0]):
         kernel[(n * triton.cdiv(d, BLOCK),)](

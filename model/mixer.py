@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from model.convolution import conv_backward, conv_forward, last_inputs, sigmoid
-from model.gated_norm import in_rows, norm_backward, norm_forward
+from model.gated_norm import norm_backward, norm_forward
 from model.scan import BACKWARD_CHUNK, decays, entering_states, scan
 from model.scan_backward import scan_backward
+from model.tiles import in_rows
 
 BLOCK_T = 64  # rows of a program
 

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.tiles import by_rows
+
 TILE = 2048  # elements that a program holds at a time: one row, or several short ones
 PER_THREAD = 16  # of them
 PROGRAMS_PER_SM = 2  # of the backward kernel, each with a part of the weight's gradient
@@ -77,8 +79,7 @@ def norm_backward(x, weight, scales, dy, dtotal):
 
 def as_rows(x):
     """x as (outer, inner, d), a view where it can be one: heads in a slice of a product are rows of two strides."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.reshape(-1, x.shape[-2] if x.dim() > 3 else 1, x.shape[-1])
+    return by_rows(x).reshape(-1, x.shape[-2] if x.dim() > 3 else 1, x.shape[-1])
 
 
 def flat(x):

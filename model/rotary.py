@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.tiles import by_rows
+
 HEADS, WARPS = 16, 1  # heads of a token that a program turns: its angles are worked out once for all of them
 
 
@@ -31,7 +33,7 @@ class Rotary(torch.autograd.Function):
 def turn(x, positions, frequencies, magnitude, BACKWARD):
     """x (b, l, h, p), rotated forth or back."""
     b, l, h, p = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = by_rows(x)
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     heads = min(HEADS, triton.next_power_of_2(h))
     with torch.cuda.device_of(x):

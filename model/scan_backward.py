@@ -20,7 +20,6 @@ crosses the block. The pairs are sums over rows less sums over columns of one fl
 document's end.
 """
 
-from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -68,7 +67,7 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
         dlast = dlast.float().contiguous()
     settings = dict(CHUNK=chunk, BLOCK=block, PACKED=document_ids is not None)
     products = dict(P=p, N=n, BLOCK_P=launch.block_p, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32")
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with torch.cuda.device_of(x):
         # (b, h, l, p) and the like, in tiles of the last two
         split = partial(tiles, copies=launch.copies)
         x_in, dy_in, dx_out = (split(t.transpose(1, 2), block, launch.block_p) for t in (x, dy, dx))

@@ -1,4 +1,5 @@
-"""Tiles of a tensor, read and written by a Triton kernel: by the GPU's copy engine, or by pointers where it cannot."""
+"""How a Triton kernel reads and writes a tensor: by rows, or in tiles by the GPU's copy engine or, where it cannot, by
+pointers."""
 
 import torch
 import triton
@@ -9,6 +10,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # kernels: in a walk of one chunk, or in float32 with p = n = 16. The 12.9 that it takes for Blackwell does not.
 if triton.knobs.nvidia.ptxas.version == "12.8":
     triton.knobs.nvidia.ptxas = triton.knobs.nvidia.ptxas_blackwell.path
+
+
+def by_rows(x):
+    """x, copied only if neighbours in its last dimension do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def in_rows(x):
+    """x (..., d) as (rows, d), copied only where the distance from row to row is not always the same."""
+    return by_rows(x).reshape(-1, x.shape[-1])
 
 
 def has_copy_engine(device):
