@@ -28,7 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # The keys that may stand in a JSON, with their sub-keys; None where any value goes, or DeepSpeed's own schema checks.
 KNOWN_KEYS = {
     "bf16": {
-        "enabled", "check_grad_overflow", "immediate_grad_update", "bf16_master_weights_and_grads",
+        "enabled",
+        "check_grad_overflow",
+        "immediate_grad_update",
+        "bf16_master_weights_and_grads",
         "bf16_optimizer_states",
     },
     "data_types": {"grad_accum_dtype"},
