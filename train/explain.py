@@ -89,7 +89,8 @@ def deepspeed_rows(config, plan, ds_config, world_size):
     zero = settled["zero_optimization"]
     for key in [key for key in zero if zero[key] is None or (stage != 3 and key.startswith(ONLY_STAGE_3))]:
         del zero[key]
-    zero.pop("leaf_module", None)  # classes of other people's models
+    if "leaf_module" not in ds_config["zero_optimization"]:
+        zero.pop("leaf_module", None)  # classes of other people's models
     written = flatten(ds_config)
     for key, value in flatten(settled).items():
         origin = str(file) if key in written else "DeepSpeed's default"
