@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.launching import launch
+
 # rows and columns of a program's tile, and warps; chosen on an H200
 CAST = dict(ROWS=128, COLUMNS=128, num_warps=8)
 SWIGLU = dict(ROWS=16, COLUMNS=256, num_warps=4)
@@ -103,8 +105,19 @@ def cast(x, out, turned, scale, seen):
     scale, seen: float32, one element each.
     """
     with torch.cuda.device_of(x):
-        _cast_kernel[grid(x, CAST)](
-            x, out, turned, scale, seen, *x.shape, x.stride(0), out.stride(0), turned.stride(0), **CAST
+        launch(
+            _cast_kernel,
+            (grid(x, CAST)),
+            x,
+            out,
+            turned,
+            scale,
+            seen,
+            *x.shape,
+            x.stride(0),
+            out.stride(0),
+            turned.stride(0),
+            **CAST,
         )
 
 
@@ -133,7 +146,7 @@ def _swiglu_kernel(
 def swiglu(gate_up, out, scale, seen):
     """gate_up (n, 2 f), gate first -> out (n, f), of an 8-bit dtype: silu(gate) * up; all of them contiguous."""
     with torch.cuda.device_of(out):
-        _swiglu_kernel[grid(out, SWIGLU)](gate_up, out, scale, seen, *out.shape, **SWIGLU)
+        launch(_swiglu_kernel, (grid(out, SWIGLU)), gate_up, out, scale, seen, *out.shape, **SWIGLU)
 
 
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr", "seen_ptr", "h_scale_ptr"])
@@ -184,6 +197,17 @@ def swiglu_backward(dh, gate_up, h_turned, out, turned, h_scale, scale, seen):
     h_scale: what swiglu took as its scale. All contiguous; n is a multiple of 16.
     """
     with torch.cuda.device_of(dh):
-        _swiglu_backward_kernel[grid(dh, SWIGLU_BACKWARD)](
-            dh, gate_up, h_turned, out, turned, h_scale, scale, seen, *dh.shape, **SWIGLU_BACKWARD
+        launch(
+            _swiglu_backward_kernel,
+            (grid(dh, SWIGLU_BACKWARD)),
+            dh,
+            gate_up,
+            h_turned,
+            out,
+            turned,
+            h_scale,
+            scale,
+            seen,
+            *dh.shape,
+            **SWIGLU_BACKWARD,
         )

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.launching import launch
 from model.scan_backward import scan_backward
 from model.tiles import has_copy_engine, load_tile, store_tile, tiles
 
@@ -68,7 +69,8 @@ def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
     (keys_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan.copies) for t in (keys, cum))
     first_in, first_strides = (None, None) if first is None else tiles(first[:, None], 1, chunk, plan.copies)
     with torch.cuda.device_of(x):
-        _scan_kernel[(b * h, triton.cdiv(p, block_p))](
+        launch(
+            _scan_kernel, (b * h, triton.cdiv(p, block_p)),
             x_in, B_in, C_in, y_out, keys_in, cum_in, first_in,
             x_strides, B_strides, C_strides, y_strides, chunk_strides, first_strides,
             D.contiguous(), cum, first, contiguous_float(initial_state), last, l, h, h // B.shape[2], keys.shape[2],
@@ -91,7 +93,8 @@ def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, pla
     entering_out, entering_strides = tiles(entering.flatten(0, 1), block_p, block_n, plan.copies)
     (steps_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan.copies) for t in (steps, cum))
     with torch.cuda.device_of(x):
-        _scan_entering_kernel[(b * h, triton.cdiv(p, block_p))](
+        launch(
+            _scan_entering_kernel, (b * h, triton.cdiv(p, block_p)),
             x_in, B_in, entering_out, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
             cum, first, contiguous_float(initial_state), l, h, h // B.shape[2], n_chunks,
             P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages, num_warps=plan.warps,
@@ -150,7 +153,8 @@ def decays(dt, A, chunk, document_ids, keys=False):
     steps = torch.empty(b, h, n_chunks, chunk, device=dt.device, dtype=torch.float32)
     cum = torch.empty_like(steps)
     with torch.cuda.device_of(dt):
-        _scan_decays_kernel[(b * n_chunks, triton.cdiv(h, block_h))](
+        launch(
+            _scan_decays_kernel, (b * n_chunks, triton.cdiv(h, block_h)),
             dt, A, document_ids, steps, cum, l, h, n_chunks, chunk, *dt.stride(),
             PACKED=document_ids is not None, KEYS=keys, BLOCK_H=block_h, BLOCK_Q=triton.next_power_of_2(chunk),
         )  # fmt: skip
@@ -208,7 +212,9 @@ def document_starts(document_ids, chunk):
     n_chunks = triton.cdiv(l, chunk)
     first = torch.empty(b, n_chunks, chunk, device=document_ids.device, dtype=torch.int32)
     with torch.cuda.device_of(first):
-        _scan_starts_kernel[(b * n_chunks,)](document_ids.contiguous(), first, l, n_chunks, Q=chunk, num_warps=1)
+        launch(
+            _scan_starts_kernel, (b * n_chunks,), document_ids.contiguous(), first, l, n_chunks, Q=chunk, num_warps=1
+        )
     return first
 
 
