@@ -12,7 +12,7 @@ import triton.language as tl
 from model.convolution import conv_backward, conv_forward, last_inputs, sigmoid
 from model.gated_norm import norm_backward, norm_forward
 from model.launching import launch, remembered
-from model.scan import BACKWARD_CHUNK, decays, entering_states, scan
+from model.scan import BACKWARD_CHUNK, decays, document_starts, entering_states, scan
 from model.scan_backward import scan_backward
 from model.tiles import in_rows
 
@@ -54,20 +54,21 @@ class Mixer(torch.autograd.Function):
 def mixer_forward(
     zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, n_groups, eps, document_ids, conv_state, ssm_state
 ):
-    """What mixer returns but the convolution's inputs, and what mixer_backward takes: fed, y and scales."""
+    """What mixer returns but the convolution's inputs, and what mixer_backward takes: fed, y, scales and first."""
     z, xBC, dt = zxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
     fed = conv_forward(xBC, conv_weight, conv_bias, document_ids, conv_state)
     x, B, C = by_head(fed, A_log, norm_weight, n_groups)
     dt, A = rates(dt, dt_bias, A_log)
-    y, last = scan(x, dt, A, B, C, D.float(), document_ids, ssm_state)
+    first = document_starts(document_ids, BACKWARD_CHUNK)
+    y, last = scan(x, dt, A, B, C, D, document_ids, ssm_state, first=first)
     y = y.flatten(2)
     normed, scales = norm_forward(y, z, norm_weight, n_groups, eps)
-    return normed, last, fed, y, scales
+    return normed, last, fed, y, scales, first
 
 
 @remembered
 def mixer_backward(
-    dnormed, zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, fed, y, scales,
+    dnormed, zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, fed, y, scales, first,
     document_ids, conv_state, ssm_state,
 ):  # fmt: skip
     """The gradients of zxbcdt and of the six weights."""
@@ -82,9 +83,9 @@ def mixer_backward(
     dx, dB, dC = by_head(dfed, A_log, norm_weight, n_groups)
     dt, A = rates(dt_before, dt_bias, A_log)
     steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
-    entering = entering_states(x, B, steps, cum, document_ids, ssm_state)
+    entering = entering_states(x, B, steps, cum, document_ids, ssm_state, first=first)
     _, dlog, dsteps, _, _, dD, _ = scan_backward(
-        dy.view(x.shape), None, x, steps, cum, A, B, C, D.float(), document_ids, entering, dx, dB, dC
+        dy.view(x.shape), None, x, steps, cum, A, B, C, D, document_ids, entering, dx, dB, dC
     )
     _, dconv_weight, dconv_bias, _ = conv_backward(
         dfed, xBC, conv_weight, conv_bias, document_ids, conv_state, dx=dxBC

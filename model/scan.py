@@ -52,14 +52,14 @@ class Scan(torch.autograd.Function):
         return dx, ddt, dA, dB, dC, dD, None, None if initial_state is None else dinitial.mT
 
 
-def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
-    """reference.ssd without gradients. dt, A and D in float32."""
+def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None, first=None):
+    """reference.ssd without gradients. dt and A in float32. first: document_starts, if they are at hand."""
     b, l, h, p = x.shape
     n = B.shape[-1]
     plan = plan or plan_for(x, n)
     chunk, block_p, block_n = plan.chunk, plan.block_p, padded(n)
     keys, cum = decays(dt, A, chunk, document_ids, keys=True)
-    first = document_starts(document_ids, chunk)
+    first = document_starts(document_ids, chunk, first)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last = torch.empty(b, h, n, p, device=x.device, dtype=torch.float32)
     x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan.copies)
@@ -80,13 +80,13 @@ def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
     return y, last
 
 
-def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, plan=None):
-    """The state at the start of each chunk of `decays`, (b, c, h, p, n) in x's dtype."""
+def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, plan=None, first=None):
+    """The state at the start of each chunk of `decays`, (b, c, h, p, n) in x's dtype. first: as scan's."""
     b, l, h, p = x.shape
     n, (n_chunks, chunk) = B.shape[-1], steps.shape[2:]
     plan = plan or plan_for(x, n, chunk)
     block_p, block_n = plan.block_p, padded(n)
-    first = document_starts(document_ids, chunk)
+    first = document_starts(document_ids, chunk, first)
     entering = torch.empty(b, n_chunks, h, p, n, device=x.device, dtype=x.dtype)
     x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan.copies)
     B_in, B_strides = tiles(B.transpose(1, 2), chunk, block_n, plan.copies)
@@ -201,13 +201,14 @@ def _scan_decays_kernel(
     tl.store(cum_ptr + out, cum, mask=mask)
 
 
-def document_starts(document_ids, chunk):
+def document_starts(document_ids, chunk, first=None):
     """The place in its chunk where each position's document begins, (b, c, q) int32; -1: before the chunk.
 
     What fills up the last chunk belongs to the last document. None if the rows are one document each.
+    first: those of chunks of some length, which are returned if it is this one.
     """
-    if document_ids is None:
-        return None
+    if document_ids is None or (first is not None and first.shape[-1] == chunk):
+        return first
     b, l = document_ids.shape
     n_chunks = triton.cdiv(l, chunk)
     first = torch.empty(b, n_chunks, chunk, device=document_ids.device, dtype=torch.int32)
@@ -265,7 +266,7 @@ def _scan_kernel(
     row = tl.program_id(0).to(tl.int64)
     n, q = tl.arange(0, BLOCK_N), tl.arange(0, Q)
     causal = q[:, None] >= q[None, :]
-    D = tl.load(D_ptr + head)
+    D = tl.load(D_ptr + head).to(tl.float32)
     cum_ptr += row * n_chunks * Q
     if first_ptr is not None:
         first_ptr += b.to(tl.int64) * n_chunks * Q

@@ -98,7 +98,10 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
         )  # fmt: skip
     if chosen.splits > 1:
         dB.copy_(dBs.sum(0))
-    dC.copy_(dCs.sum(0))
+    if len(dCs) == 2:
+        torch.add(*dCs, out=dC)  # rounded as it is written: one pass
+    else:
+        dC.copy_(dCs.sum(0))
     return dx, dlog, dsteps, dB, dC, dD.sum(0), dinitial
 
 
@@ -274,7 +277,9 @@ def _scan_backward_blocks_kernel(
             fed, product = tl.reduce((dx * xs, xs * dys), 1, _add)
             tl.store(sums_ptr + to, fed)
             tl.store(sums_ptr + to + BLOCK, product)
-            dx = dx * (steps * reach_out)[:, None] + dys * (tl.load(D_ptr + head) + own * steps)[:, None]
+            dx = (
+                dx * (steps * reach_out)[:, None] + dys * (tl.load(D_ptr + head).to(tl.float32) + own * steps)[:, None]
+            )
             bits = cum * LOG2E
             decay = tl.exp2(tl.minimum(bits[None, :] - bits[:, None], 0.0))  # as _exp, with fewer products
             dx = tl.dot((later * decay * steps[:, None]).to(dy.dtype), dy, dx, input_precision=PRECISION)

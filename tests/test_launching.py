@@ -195,6 +195,9 @@ def test_operation_from_its_tape_is_the_operation(name, dtype):
     for seed in (0, 50):
         got, want = function(*make(dtype, seed)), function.__wrapped__(*make(dtype, seed))
         for ours, theirs in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, want)), strict=True):
+            if theirs is None:
+                assert ours is None
+                continue
             assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     (tape,) = function.tapes.values()
