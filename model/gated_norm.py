@@ -46,20 +46,9 @@ def norm_forward(x, z, weight, n_groups, eps, config=FORWARD):
     grid = triton.cdiv(b * l, config["BLOCK_R"] * config["TILES"]), g
     with torch.cuda.device_of(x):
         launch(
-            _gated_norm_forward_kernel,
-            grid,
-            x,
-            z,
-            weight,
-            y,
-            scales,
-            b * l,
-            d // g,
-            x.stride(0),
-            z.stride(0),
-            eps,
-            **config,
-        )
+            _gated_norm_forward_kernel, grid,
+            x, z, weight, y, scales, b * l, d // g, x.stride(0), z.stride(0), eps, **config,
+        )  # fmt: skip
     return y, scales
 
 

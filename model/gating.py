@@ -94,15 +94,9 @@ def by_row(kernel, *tensors, silu):
     n, d = rows[0].shape
     with torch.cuda.device_of(rows[0]):
         launch(
-            kernel,
-            (n * triton.cdiv(d, BLOCK),),
-            *rows,
-            d,
-            *(t.stride(0) for t in rows),
-            SILU=silu,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+            kernel, (n * triton.cdiv(d, BLOCK),),
+            *rows, d, *(t.stride(0) for t in rows), SILU=silu, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -3,11 +3,12 @@
 Between the kernels of an operation lies Python: views, strides, grids, descriptors, Triton's search for the kernel
 that was compiled for such arguments. It takes longer than a small kernel does, and comes to the same for all tensors
 of the same kinds. A function that is `remembered` tapes what it does and, given other tensors of those kinds, plays
-the tape: the same kernels and operations of PyTorch at the new addresses, and one allocation for all that is only
-needed on the way.
+the tape: the same kernels and operations of PyTorch at the new addresses. A tape holds neither tensors nor addresses.
 
-A tape holds neither addresses nor tensors. What depends on more than its arguments' kinds cannot be taped: a function
-that reads a tensor's numbers, or is given tensors that overlap, runs as it is written each time.
+Such a function may make views, allocate, call PyTorch's operations and `launch` kernels. It may not depend on a
+global that changes, on whether gradients are wanted or on the stream, nor keep a tensor or anything else for later.
+One that reads what tensors hold, uses a tensor from elsewhere, or is given tensors that overlap, is not taped and runs
+as it is written; so does function.__wrapped__ always.
 """
 
 import functools
@@ -26,29 +27,31 @@ OPTIONS = ("num_warps", "num_stages")  # what a launch takes that is no argument
 EMPTY = {getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty")}
 NEVER_ALIKE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests
-recording = threading.local()  # .tape: this thread's
+
+
+class Recording(threading.local):
+    events = None  # what this thread's function has done so far; None where none is being taped
+
+
+recording = Recording()
 
 
 def remembered(function):
-    """For a function of tensors (the first argument is one) and what can be hashed, that returns tensors and None.
-
-    What it does other than through `launch` and PyTorch's operations is done once for all tensors of the same kinds.
-    """
+    """For a function of tensors (the first argument is one) and what can be hashed, that returns tensors and None."""
     tapes = {}
 
     @functools.wraps(function)
     def call(*args):
-        if getattr(recording, "tape", None):
+        if recording.events is not None:
             return function(*args)  # a part of what is being taped
         kinds = tuple([kind(arg) if isinstance(arg, torch.Tensor) else arg for arg in args])
         tape = tapes.get(kinds)
         if tape is None:
-            tape, result = record(function, args)
             if len(tapes) >= MOST_TAPES:
                 tapes.clear()
-            tapes[kinds] = tape
+            tapes[kinds], result = record(function, args)
             return result
-        return tape.play(args) if tape.steps else function(*args)
+        return tape.play(args) if tape.alike else function(*args)
 
     call.tapes = tapes
     return call
@@ -61,37 +64,156 @@ def kind(tensor):
 
 def launch(kernel, grid, *args, **constants):
     """kernel[grid](*args, **constants), on tape if there is one."""
-    tape = getattr(recording, "tape", None)
-    if tape:
-        tape.launch(kernel, grid, args, constants)
-    else:
+    if recording.events is None:
         kernel[grid](*args, **constants)
+        return
+    with torch._C._DisableTorchDispatch():  # the interpreter's own operations are not ours
+        compiled = kernel[grid](*args, **constants)
+    recording.events.append((kernel, grid, args, constants, compiled))
+
+
+def record(function, args):
+    """The Tape of function(*args), and what that returns."""
+    recording.events = []
+    try:
+        with Recorder():
+            result = function(*args)
+        return Tape(args, recording.events, result), result
+    finally:
+        recording.events = None
+
+
+class Recorder(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if not operation.is_view:
+            recording.events.append((operation, args, kwargs or {}, result))
+        return result
+
+
+class NotAlike(Exception):
+    """What would be done next time may be something else."""
+
+
+class Tape:
+    """What a function did. alike: it will do the same for other tensors.
+
+    In play, tensors are those given, the room for all that is no result, and those that the steps make, in this order.
+    """
+
+    def __init__(self, args, events, result):
+        self.given = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+        self.known = [
+            (args[i], place, 0) for place, i in enumerate(self.given)
+        ]  # a tensor, its place, bytes behind it
+        self.made, self.room, self.steps = len(self.given) + 1, 0, []
+        self.many = isinstance(result, tuple)
+        results = result if self.many else (result,)
+        kept = [storage(part) for part in results if part is not None]
+        try:
+            for function, *event in events:
+                if isinstance(function, torch._ops.OpOverload):
+                    self.note(kept, function, *event)
+                else:
+                    self.steps.append(self.launch(function, *event))
+            self.results, self.alike = self.places(results), True
+        except NotAlike:
+            self.alike = False
+        del self.known  # or they would live as long as the tape
+
+    def play(self, args):
+        tensors = [args[i] for i in self.given]
+        with torch.cuda.device_of(tensors[0]):
+            stream = None if INTERPRETED else driver.active.get_current_stream(tensors[0].device.index)
+            room = torch.empty(self.room, dtype=torch.uint8, device=tensors[0].device) if self.room else None
+            tensors.append(room)
+            for step in self.steps:
+                step(tensors, stream)
+        results = put_back(self.results, tensors)
+        return tuple(results) if self.many else results[0]
+
+    def note(self, kept, operation, args, kwargs, result):
+        """An operation of PyTorch's."""
+        if not isinstance(result, torch.Tensor) or NEVER_ALIKE.intersection(operation.tags):
+            raise NotAlike
+        makes = not any(storage(tensor) == storage(result) for tensor, *_ in self.known)
+        if operation.overloadpacket not in EMPTY:
+            self.steps.append(Operation(operation, self.places([*args, *kwargs.values()]), tuple(kwargs), makes))
+        elif storage(result) in kept:
+            self.steps.append(Allocation(result))
+        else:
+            makes = False
+            self.known.append((result, len(self.given), self.room))
+            self.room += -(-extent(result) * result.element_size() // ALIGNMENT) * ALIGNMENT
+        if makes:
+            self.known.append((result, self.made, 0))
+            self.made += 1
+
+    def launch(self, kernel, grid, args, constants, compiled):
+        values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
+        if INTERPRETED:
+            options = {name: value for name, value in constants.items() if name in OPTIONS}
+            return Launch(functools.partial(kernel[grid], **options), self.places(values))
+        return Launch(compiled[(*grid, 1, 1)[:3]], self.places(values))
+
+    def places(self, values):
+        """The values, with a Place for each tensor and a Tile for each descriptor."""
+        return [self.place(value) for value in values]
+
+    def place(self, value):
+        if isinstance(value, torch.Tensor):
+            return self.place_of(value)
+        if isinstance(value, TensorDescriptor):
+            return Tile(self.place_of(value.base), {**vars(value), "base": None})
+        if isinstance(value, tuple) and any(isinstance(part, torch.Tensor) for part in value):
+            raise NotAlike
+        return self.places(value) if isinstance(value, list) else value
+
+    def place_of(self, tensor):
+        """In the only tensor known in whose memory it begins."""
+        found = []
+        for known, index, behind in self.known:
+            offset = (tensor.storage_offset() - known.storage_offset()) * known.element_size()
+            if storage(known) == storage(tensor) and 0 <= offset < extent(known) * known.element_size():
+                found.append((known, index, behind + offset))
+        if len(found) != 1 or found[0][0].dtype != tensor.dtype:
+            raise NotAlike
+        ((known, index, behind),) = found
+        whole = index != len(self.given) and (tensor.shape, tensor.stride()) == (known.shape, known.stride())
+        return Place(index, behind, tensor.dtype, None if whole else tuple(tensor.shape), tensor.stride())
+
+
+def storage(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+def extent(tensor):
+    """How far a tensor reaches in memory, in elements."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return reach + 1 if tensor.numel() else 0
 
 
 class Place(NamedTuple):
-    """Of a tensor: the one it lies in, how far behind its start, and what it is like; None if it is all of that."""
+    """Of a tensor: the one it lies in, how far behind its start, and its kind. shape None: it is all of that one."""
 
     index: int
-    offset: int  # in elements
+    bytes: int
     dtype: torch.dtype
     shape: tuple | None
-    strides: tuple | None
+    strides: tuple
 
     def of(self, tensors):
         tensor = tensors[self.index]
         if self.shape is None:
             return tensor
-        if tensor.dtype != self.dtype:  # it lies in the memory of what is only needed on the way
+        if tensor.dtype != self.dtype:  # the room for what is no result
             tensor = tensor.view(self.dtype)
-        return tensor.as_strided(self.shape, self.strides, tensor.storage_offset() + self.offset)
-
-    @property
-    def bytes(self):
-        return self.offset * self.dtype.itemsize
+        behind = tensor.storage_offset() + self.bytes // self.dtype.itemsize
+        return tensor.as_strided(self.shape, self.strides, behind)
 
 
 class Tile(NamedTuple):
-    """A TensorDescriptor: where its tensor is, and the rest of it."""
+    """A TensorDescriptor: the place of its tensor, and the rest of it."""
 
     place: Place
     rest: dict
@@ -112,235 +234,57 @@ class Address:
         return self.pointer
 
 
-class Allocation(NamedTuple):
-    shape: tuple
-    strides: tuple
-    dtype: torch.dtype
-    device: torch.device
-    makes = True
+def put_back(value, tensors):
+    if isinstance(value, Place):
+        return value.of(tensors)
+    return [put_back(part, tensors) for part in value] if isinstance(value, list) else value
 
-    def moved(self, move):
-        return self
+
+class Allocation:
+    def __init__(self, like):
+        self.make = functools.partial(
+            torch.empty_strided, like.shape, like.stride(), dtype=like.dtype, device=like.device
+        )
 
     def __call__(self, tensors, stream):
-        tensors.append(torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device))
+        tensors.append(self.make())
 
 
 class Operation(NamedTuple):
-    """One of PyTorch's. makes: a tensor, where others write into one that is there."""
+    """One of PyTorch's. names: of the last values. makes: a tensor, where others write into one that is there."""
 
     function: Any
-    args: list
-    names: list  # of those given by name
     values: list
+    names: tuple
     makes: bool
 
-    def moved(self, move):
-        return self._replace(args=move(self.args), values=move(self.values))
-
     def __call__(self, tensors, stream):
-        named = dict(zip(self.names, put_back(self.values, tensors), strict=True))
-        result = self.function(*put_back(self.args, tensors), **named)
+        values = put_back(self.values, tensors)
+        plain = len(values) - len(self.names)
+        result = self.function(*values[:plain], **dict(zip(self.names, values[plain:], strict=True)))
         if self.makes:
             tensors.append(result)
 
 
-def put_back(arg, tensors):
-    if isinstance(arg, Place):
-        return arg.of(tensors)
-    return [put_back(part, tensors) for part in arg] if isinstance(arg, list) else arg
+class Launch:
+    """Of a compiled kernel, whose pointers may be plain numbers; or in Triton's interpreter, which wants tensors."""
 
-
-class Launch(NamedTuple):
-    """A compiled kernel's, whose pointers may be plain numbers. pointers, tiles: where they stand among the values."""
-
-    start: Any
-    values: list
-    pointers: tuple = ()
-    tiles: tuple = ()
-
-    def moved(self, move):
-        values = move(self.values)
-        pointers = [(i, v.index, v.bytes) for i, v in enumerate(values) if isinstance(v, Place)]
-        tiles = [(i, v.place.index, v.place.bytes, v) for i, v in enumerate(values) if isinstance(v, Tile)]
-        return self._replace(values=values, pointers=pointers, tiles=tiles)
+    def __init__(self, start, values):
+        self.start, self.values = start, values
+        self.tensors = [(i, v, v.index, v.bytes) for i, v in enumerate(values) if isinstance(v, Place)]
+        self.tiles = [(i, v, v.place.index, v.place.bytes) for i, v in enumerate(values) if isinstance(v, Tile)]
 
     def __call__(self, tensors, stream):
         values = self.values.copy()
-        for i, index, behind in self.pointers:
+        if INTERPRETED:
+            for i, place, *_ in self.tensors:
+                values[i] = place.of(tensors)
+            for i, tile, *_ in self.tiles:
+                values[i] = tile.at(tile.place.of(tensors))
+            self.start(*values)
+            return
+        for i, _, index, behind in self.tensors:
             values[i] = tensors[index].data_ptr() + behind
-        for i, index, behind, tile in self.tiles:
+        for i, tile, index, behind in self.tiles:
             values[i] = tile.at(Address(tensors[index].data_ptr() + behind))
         self.start(*values, stream=stream)
-
-
-class Interpretation(NamedTuple):
-    """A launch in Triton's interpreter, which takes tensors."""
-
-    start: Any
-    values: list
-    options: dict
-
-    def moved(self, move):
-        return self._replace(values=move(self.values))
-
-    def __call__(self, tensors, stream):
-        values = [
-            v.of(tensors) if isinstance(v, Place) else v.at(v.place.of(tensors)) if isinstance(v, Tile) else v
-            for v in self.values
-        ]
-        self.start(*values, **self.options)
-
-
-class Tape(NamedTuple):
-    """tensors: their places in the arguments. many: results are a tuple. Without steps, it cannot be played."""
-
-    tensors: list
-    steps: list
-    results: list
-    many: bool
-
-    def play(self, args):
-        tensors = [args[i] for i in self.tensors]
-        with torch.cuda.device_of(tensors[0]):
-            stream = None if INTERPRETED else driver.active.get_current_stream(tensors[0].device.index)
-            for step in self.steps:
-                step(tensors, stream)
-        results = [put_back(result, tensors) for result in self.results]
-        return tuple(results) if self.many else results[0]
-
-
-def record(function, args):
-    """The Tape of function(*args), and what that returns."""
-    places = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
-    recorder = recording.tape = Recorder([args[i] for i in places])
-    try:
-        with recorder:
-            result = function(*args)
-    finally:
-        recording.tape = None
-    many = isinstance(result, tuple)
-    try:
-        results = [recorder.places_in(part) for part in (result if many else (result,))]
-        if recorder.alike:
-            steps, results = with_room(recorder, len(places), results)
-            return Tape(places, steps, results, many), result
-    except NotAlike:
-        pass
-    return Tape(places, [], [], many), result
-
-
-class NotAlike(Exception):
-    """What is done next time may be something else."""
-
-
-class Recorder(TorchDispatchMode):
-    """Sees every operation of PyTorch. tensors: those that the tape is given and those it makes, in this order."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.tensors, self.steps, self.made, self.alike = tensors, [], {}, True
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        try:
-            self.note(operation, args, kwargs or {}, result)
-        except NotAlike:
-            self.alike = False
-        return result
-
-    def note(self, operation, args, kwargs, result):
-        if operation.is_view:
-            return
-        if not isinstance(result, torch.Tensor) or NEVER_ALIKE.intersection(operation.tags):
-            raise NotAlike
-        if operation.overloadpacket in EMPTY:
-            step = Allocation(tuple(result.shape), result.stride(), result.dtype, result.device)
-        else:
-            makes = not any(same_storage(known, result) for known in self.tensors)
-            names, values = list(kwargs), self.places_in(list(kwargs.values()))
-            step = Operation(operation, self.places_in(args), names, values, makes)
-        self.steps.append(step)
-        if step.makes:
-            self.made[len(self.tensors)] = step
-            self.tensors.append(result)
-
-    def places_in(self, arg):
-        if isinstance(arg, list | tuple):
-            return [self.places_in(part) for part in arg]
-        return self.place(arg) if isinstance(arg, torch.Tensor) else arg
-
-    def place(self, tensor):
-        """Where a tensor is: in the only one of those known in whose memory it begins."""
-        found = []
-        for i, known in enumerate(self.tensors):
-            offset = tensor.storage_offset() - known.storage_offset()
-            if same_storage(known, tensor) and 0 <= offset < extent(known):
-                found.append((i, offset, known))
-        if len(found) != 1 or found[0][2].dtype != tensor.dtype:
-            raise NotAlike
-        ((i, offset, known),) = found
-        like = tuple(tensor.shape), tensor.stride()
-        return Place(
-            i, offset, tensor.dtype, *((None, None) if like == (tuple(known.shape), known.stride()) else like)
-        )
-
-    def launch(self, kernel, grid, args, constants):
-        with torch._C._DisableTorchDispatch():  # the interpreter's own operations are no steps
-            compiled = kernel[grid](*args, **constants)
-        values = [*args, *(constants[name] for name in kernel.arg_names[len(args) :])]
-        try:
-            for i, value in enumerate(values):
-                if isinstance(value, TensorDescriptor):
-                    values[i] = Tile(self.place(value.base), {**vars(value), "base": None})
-                elif isinstance(value, tuple) and any(isinstance(part, torch.Tensor) for part in value):
-                    raise NotAlike
-                elif isinstance(value, torch.Tensor):
-                    values[i] = self.place(value)
-        except NotAlike:
-            self.alike = False
-        if INTERPRETED:
-            options = {name: value for name, value in constants.items() if name in OPTIONS}
-            self.steps.append(Interpretation(kernel[grid], values, options))
-        else:
-            self.steps.append(Launch(compiled[(*grid, 1, 1)[:3]], values))
-
-
-def same_storage(a, b):
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-def extent(tensor):
-    """How far a tensor reaches in memory, in elements."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return reach + 1 if tensor.numel() else 0
-
-
-def with_room(recorder, n_given, results):
-    """The steps and results of a recording, but what is no result lies in one allocation, behind what was given."""
-    kept = {place.index for place in results if isinstance(place, Place)}
-    room = [i for i, step in recorder.made.items() if isinstance(step, Allocation) and i not in kept]
-    where, size = {}, 0
-    for i in room:
-        where[i] = n_given, size
-        size += -(-extent(recorder.tensors[i]) * recorder.tensors[i].element_size() // ALIGNMENT) * ALIGNMENT
-    for new, i in enumerate(i for i in range(len(recorder.tensors)) if i not in where):
-        where[i] = new + (new >= n_given and size > 0), 0
-
-    def moved(value):
-        if isinstance(value, list):
-            return [moved(part) for part in value]
-        if isinstance(value, Tile):
-            return value._replace(place=moved(value.place))
-        if not isinstance(value, Place):
-            return value
-        (index, behind), known = where[value.index], recorder.tensors[value.index]
-        if value.index in room and value.shape is None:
-            value = value._replace(shape=tuple(known.shape), strides=known.stride())
-        return value._replace(index=index, offset=value.offset + behind // value.dtype.itemsize)
-
-    left_out = [recorder.made[i] for i in room]
-    steps = [step.moved(moved) for step in recorder.steps if not any(step is out for out in left_out)]
-    if size:
-        steps.insert(0, Allocation((size,), (1,), torch.uint8, recorder.tensors[0].device))
-    return steps, moved(results)

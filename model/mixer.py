@@ -116,19 +116,9 @@ def rates(dt, dt_bias, A_log):
     A = torch.empty(h, device=dt.device, dtype=torch.float32)
     with torch.cuda.device_of(dt):
         launch(
-            _scan_rates_kernel,
-            (triton.cdiv(b * l, BLOCK_T),),
-            dt,
-            dt_bias,
-            A_log,
-            steps,
-            A,
-            b * l,
-            h,
-            dt.stride(0),
-            BLOCK_T,
-            triton.next_power_of_2(h),
-        )
+            _scan_rates_kernel, (triton.cdiv(b * l, BLOCK_T),),
+            dt, dt_bias, A_log, steps, A, b * l, h, dt.stride(0), BLOCK_T, triton.next_power_of_2(h),
+        )  # fmt: skip
     return steps, A
 
 

@@ -277,9 +277,8 @@ def _scan_backward_blocks_kernel(
             fed, product = tl.reduce((dx * xs, xs * dys), 1, _add)
             tl.store(sums_ptr + to, fed)
             tl.store(sums_ptr + to + BLOCK, product)
-            dx = (
-                dx * (steps * reach_out)[:, None] + dys * (tl.load(D_ptr + head).to(tl.float32) + own * steps)[:, None]
-            )
+            D = tl.load(D_ptr + head).to(tl.float32)
+            dx = dx * (steps * reach_out)[:, None] + dys * (D + own * steps)[:, None]
             bits = cum * LOG2E
             decay = tl.exp2(tl.minimum(bits[None, :] - bits[:, None], 0.0))  # as _exp, with fewer products
             dx = tl.dot((later * decay * steps[:, None]).to(dy.dtype), dy, dx, input_precision=PRECISION)

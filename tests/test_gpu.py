@@ -15,6 +15,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from remembered_operations import OPERATIONS, WITH_FP8, Drawn, assert_same_bits, assert_same_from_its_tape
 
 from model import fp8, reference
 from model.config import ModelConfig
@@ -296,6 +297,36 @@ def test_adamw_with_8_bit_moments_follows_adamw_and_goes_on_bit_for_bit(begins):
     assert torch.equal(packed, again)
 
 
+# ---- operations from their tapes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("l", [9, 300])  # with and without tiles by the copy engine
+def test_operation_from_its_tape_is_the_operation(name, dtype, l, deterministic):
+    assert_same_from_its_tape(name, dtype, "cuda", l)
+
+
+def test_operation_from_its_tape_is_captured_in_a_graph():
+    function, make = OPERATIONS["packed mixer"]
+    args = make(Drawn(torch.bfloat16, "cuda", 300))
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # taped, and played on a stream that is not the usual one
+            result = function(*args)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same_bits(result, function.__wrapped__(*args))
+    with torch.cuda.graph(graph):
+        result = function(*args)
+    others = make(Drawn(torch.bfloat16, "cuda", 300, seed=1))
+    for there, other in zip(args, others, strict=True):
+        if isinstance(there, torch.Tensor):
+            there.copy_(other)
+    graph.replay()
+    assert_same_bits(result, function.__wrapped__(*others))
+
+
 # ---- 8-bit floats
 
 with_fp8 = pytest.mark.skipif(bool(fp8.why_not_fp8()), reason=str(fp8.why_not_fp8()))
@@ -354,6 +385,13 @@ def test_swiglu_in_8_bits_equals_its_twin(shape, dtype):
     (h, _), (h_turned, _), (d, _), (d_turned, _) = there[0], *back[:3]
     assert torch.equal(bits(h_turned).t(), bits(h))
     assert torch.equal(bits(d).t(), bits(d_turned))
+
+
+@with_fp8
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WITH_FP8)
+def test_operation_in_8_bits_from_its_tape_is_the_operation(name, dtype):
+    assert_same_from_its_tape(name, dtype, "cuda")
 
 
 @with_fp8
