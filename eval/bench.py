@@ -3,16 +3,14 @@
     python -m eval.bench runs/demo/checkpoints/step_0001600 --data data/evals --limit 200
     python -m eval.bench --random 1.3B --tokenizer data/local --data data/evals --dtype bfloat16 --hf-limit 100
 
-Prints the seconds and tokens of ours, task by task, HumanEval's programs run in their sandbox; then, of the items that
-`hf` is asked too (--hf-limit of each task, drawn by a seed), how many it answers differently, and its model's seconds,
-from the export of the same weights, beside ours of the whole set: its seconds for that are in proportion to tokens, and
-what lm-eval does around its model is left out. Exits 1 if an answer differs in float32; in bfloat16 close choices may.
-`hf` is not asked HumanEval, for which lm-eval needs the Hub. mamba-ssm and causal-conv1d, where they are installed, are
-what it runs on.
+Prints the seconds and tokens of ours, task by task, HumanEval's programs run in their sandbox. Then `hf` is asked some
+of the items (--hf-limit of each task, drawn by a seed), from the export of the same weights: how many it answers
+otherwise, the seconds of its model, and what these come to for the whole set, in proportion to tokens; what lm-eval
+does around its model is left out. Exits 1 if an answer differs in float32; in bfloat16 close choices may. `hf` is not
+asked HumanEval, for which lm-eval needs the Hub. It runs on mamba-ssm and causal-conv1d where they are installed.
 """
 
 import argparse
-import json
 import logging
 import random
 import sys
@@ -121,9 +119,7 @@ def ask_both(rows, lm, *, data, limit, folder):
 
     It is asked a few items first, for kernels may be compiled then.
     """
-    print(
-        f"{'hf':15} {'items':>6} {'different':>9} {'seconds':>8} {'tokens':>9} {'whole set':>10} {'ours':>8}", flush=True
-    )
+    print(f"{'hf':15} {'items':>6} {'different':>9} {'seconds':>8} {'tokens':>9} {'whole set':>10} {'ours':>8}")
     found = {}
     for name, row in rows.items():
         ours = read_samples(folder / "samples" / f"{name}.jsonl")
@@ -146,9 +142,7 @@ def ask_both(rows, lm, *, data, limit, folder):
 
 
 def show_both(name, *, items, different, seconds, tokens, whole_set, ours):
-    print(
-        f"{name:15} {items:6,} {different:9,} {seconds:8.1f} {tokens:9,} {whole_set:10.1f} {ours:8.1f}", flush=True
-    )
+    print(f"{name:15} {items:6,} {different:9,} {seconds:8.1f} {tokens:9,} {whole_set:10.1f} {ours:8.1f}", flush=True)
 
 
 def main(argv=None):
