@@ -44,8 +44,8 @@ def attention(q, k, v, start=None, *, packing=None, scale=None, slopes=None):
     slopes unless flash-attn is installed, and for gradients through a cache or slopes behind one."""
     b, l = q.shape[:2]
     half, cached = q.dtype in (torch.bfloat16, torch.float16), l != k.shape[1] or start is not None
-    if half and cached and slopes is None and not torch.is_grad_enabled():
-        return attention_behind(q, k, v, start, scale)
+    if half and slopes is None and packing is None and not torch.is_grad_enabled():
+        return attention_forward(q, k, v, start, scale)
     if not half or cached or (slopes is not None and not flash_attn_varlen_func):
         return reference.attention(q, k, v, start, packing=packing, scale=scale, slopes=slopes)
     if slopes is None and (packing is None or packing.cu_seqlens.numel() == b + 1):  # one document a row
@@ -66,11 +66,11 @@ def attention(q, k, v, start=None, *, packing=None, scale=None, slopes=None):
     return y.unflatten(0, (b, l))
 
 
-def attention_behind(q, k, v, start, scale):
-    """`attention` to a cache, without gradients: k, v (b, m, k, p) with m >= l, from start (b,) on in each row.
+def attention_forward(q, k, v, start, scale):
+    """`attention` without gradients, behind a cache or not: k, v (b, m, k, p), from start (b,) on in each row.
 
-    PyTorch's own FlashAttention, whose causal mask ends with the last key; its public function for this
-    (scaled_dot_product_attention) takes a mask, and with it neither a fast kernel nor grouped heads as they are.
+    PyTorch's own FlashAttention, whose causal mask ends with the last key. cuDNN is as fast, but works out a plan for
+    each new shape, for 46 ms and more (H200), and in scoring hardly a shape comes twice.
     """
     b, l, m, apart = *q.shape[:2], k.shape[1], k.stride(0) // k.stride(1)  # rows of a cache lie apart by its room
     keys, values = (t.as_strided(((b - 1) * apart + m, *t.shape[2:]), t.stride()[1:]) for t in (k, v))
@@ -80,7 +80,8 @@ def attention_behind(q, k, v, start, scale):
         at[:-1] += start
         used -= start
     y, *_ = torch.ops.aten._flash_attention_forward(
-        q.flatten(0, 1), keys, values, begins * l, at, l, m, 0.0, True, False, scale=scale, seqused_k=used
+        q.flatten(0, 1), keys, values, begins * l, at, l, m, 0.0, True, False,
+        scale=scale, window_size_left=-1, window_size_right=0, seqused_k=used,
     )  # fmt: skip
     return y.unflatten(0, (b, l))
 
