@@ -81,7 +81,7 @@ class HarnessLM(TemplateLM):
         return [nats for nats, _ in self._score(texts, "held-out text")]
 
     def generate_until(self, requests, **_):
-        """[text] that the model writes after each context, by the likeliest token, up to an `until` or max_gen_toks."""
+        """[text] that the model writes after each context, the likeliest token each time: see the scorer."""
         return self.scorer.generate_until([request.args for request in requests])
 
     def _score(self, requests, what):
