@@ -26,14 +26,12 @@ import torch
 import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
-from tqdm import tqdm
 
 from curation.shards import new_file
 from eval.answers import AnswerFile, answers_folder
 from eval.models import DTYPES, OwnModel, load_model
 from eval.task_data import BENCHMARKS, check_names, check_pins, load_prompts, load_tasks
 from model.choices import choose, mean_scores
-from model.generate import generate
 from model.scorer import Scorer
 from train.exit_codes import leave
 from train.run_dir import write_json
@@ -82,28 +80,9 @@ class HarnessLM(TemplateLM):
         texts = [(self.tok_encode(request.args[0]), 1) for request in requests]
         return [nats for nats, _ in self._score(texts, "held-out text")]
 
-    def generate_until(self, requests, disable_tqdm=False):
-        """[text] that the model writes after each context, up to one of the `until` strings or max_gen_toks tokens."""
-        texts = []
-        for request in tqdm(requests, desc="writing", disable=disable_tqdm):
-            context, options = request.args
-            until = [options["until"]] if isinstance(options.get("until"), str) else options.get("until", [])
-            temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
-            ids, text = [], ""
-            for token in generate(
-                self.model,
-                self.tok_encode(context),
-                max_tokens=options.get("max_gen_toks", 256),
-                temperature=temperature,
-                stop_ids=(self.eot_token_id,),
-                vocab_size=self.tokenizer.vocab_size,
-            ):
-                ids.append(token)
-                text = self.tokenizer.decode(ids)
-                if any(stop in text for stop in until):
-                    break
-            texts.append(text[: min([text.find(stop) for stop in until if stop in text], default=len(text))])
-        return texts
+    def generate_until(self, requests, **_):
+        """[text] that the model writes after each context, the likeliest token each time: see the scorer."""
+        return self.scorer.generate_until([request.args for request in requests])
 
     def _score(self, requests, what):
         """[(nats, greedy)] of the ids from `first` on, for each (ids, first), read in windows."""

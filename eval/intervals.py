@@ -15,7 +15,8 @@ RESAMPLES = 9999  # of a bootstrap
 def wilson(value, n):
     """Wilson's interval of a share `value` of n items: inside 0 to 1, and not empty where all items are alike."""
     middle, reach = value + Z95**2 / (2 * n), Z95 * np.sqrt(value * (1 - value) / n + (Z95 / (2 * n)) ** 2)
-    return [float((middle + sign * reach) / (1 + Z95**2 / n)) for sign in (-1, 1)]
+    ends = [float((middle + sign * reach) / (1 + Z95**2 / n)) for sign in (-1, 1)]
+    return [max(ends[0], 0.0), min(ends[1], 1.0)]  # which rounding may pass
 
 
 def share(values):

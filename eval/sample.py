@@ -13,6 +13,7 @@ from pathlib import Path
 
 from curation.tokenizer import load_tokenizer
 from eval.scoreboard import DEVICE, eval_folder
+from model.decode import Decoder
 from model.generate import generate
 from model.weights import load_checkpoint
 from train.run_dir import write_json
@@ -69,9 +70,9 @@ def main(argv=None):
         model, tokenizer = checkpoint.load_model(flags.device), load_tokenizer(checkpoint.tokenizer_path)
         names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
         settings = {name: getattr(flags, name) for name in names}
-        samples = []
+        samples, decoder = [], Decoder(model)
         for prompt in flags.prompt or PROMPTS:
-            samples.append(write_sample(model, tokenizer, prompt, **settings))
+            samples.append(write_sample(model, tokenizer, prompt, decoder=decoder, **settings))
             print(f"---- {samples[-1]['tokens']} tokens, {samples[-1]['tokens_per_s']:.0f} tokens/s")
             print(prompt + samples[-1]["text"])
         write_json(

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         config, l = self.config, q.shape[1]
         lengths = None if state is None else state.pop("lengths", None)
         cache = None if state is None else state.get("cache", KVCache())
-        mask = None
+        start = None
         if config.positions == "rope":
             if packing is not None:
                 positions = packing.positions
@@ -66,11 +66,11 @@ class Attention(nn.Module):
             q, k = (self.ops.rotary(t, positions, *angles) for t in (q, k))
         if cache is not None:
             state["cache"] = cache = cache.append(k, v)
-            k, v, mask = cache.keys, cache.values, cache.mask(l)
+            k, v, start = cache.keys, cache.values, cache.start
         if lengths is not None:
             state["cache"] = cache.drop(l - lengths)
         slopes = alibi_slopes(config.n_heads, q.device) if config.positions == "alibi" else None
-        return self.ops.attention(q, k, v, mask, packing=packing, scale=config.attention_multiplier, slopes=slopes)
+        return self.ops.attention(q, k, v, start, packing=packing, scale=config.attention_multiplier, slopes=slopes)
 
 
 class KVCache:
@@ -132,14 +132,6 @@ class KVCache:
     def positions(self, offsets):
         """The places in their rows, (b or 1, l), of the tokens that come `offsets` (1, l) after the last one."""
         return offsets + self.length - (0 if self.start is None else self.start[:, None])
-
-    def mask(self, l):
-        """(b, 1, l, m): where the last l tokens may look; None if that is everything up to themselves."""
-        if self.start is None:
-            return None
-        key = torch.arange(self.length, device=self.start.device)
-        causal = key <= key[-l:, None]
-        return causal & (key >= self.start[:, None, None, None])
 
 
 class _Buffer:

@@ -40,13 +40,15 @@ ABOUT = (
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
+def attention(q, k, v, start=None, *, packing=None, scale=None, slopes=None):
     """See model/reference.py, whose PyTorch attention also runs here where no faster kernel applies: in float32, with
-    a mask or a cache, and with slopes unless flash-attn is installed."""
+    slopes unless flash-attn is installed, and for gradients through a cache or slopes behind one."""
     b, l = q.shape[:2]
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if not half or mask is not None or l != k.shape[1] or (slopes is not None and not flash_attn_varlen_func):
-        return reference.attention(q, k, v, mask, packing=packing, scale=scale, slopes=slopes)
+    half, cached = q.dtype in (torch.bfloat16, torch.float16), l != k.shape[1] or start is not None
+    if half and slopes is None and packing is None and not torch.is_grad_enabled():
+        return attention_forward(q, k, v, start, scale)
+    if not half or cached or (slopes is not None and not flash_attn_varlen_func):
+        return reference.attention(q, k, v, start, packing=packing, scale=scale, slopes=slopes)
     if slopes is None and (packing is None or packing.cu_seqlens.numel() == b + 1):  # one document a row
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         with sdpa_kernel(ATTENTION, set_priority=True):
@@ -87,6 +89,26 @@ class SplitProduct(torch.autograd.Function):
 def joined(weights):
     one = as_one(weights)
     return torch.cat(weights) if one is None else one
+
+
+def attention_forward(q, k, v, start, scale):
+    """`attention` without gradients, behind a cache or not: k, v (b, m, k, p), from start (b,) on in each row.
+
+    PyTorch's own FlashAttention, whose causal mask ends with the last key. cuDNN is as fast, but works out a plan for
+    each new shape, for 46 ms and more (H200), and in scoring hardly a shape comes twice.
+    """
+    b, l, m, apart = *q.shape[:2], k.shape[1], k.stride(0) // k.stride(1)  # rows of a cache lie apart by its room
+    keys, values = (t.as_strided(((b - 1) * apart + m, *t.shape[2:]), t.stride()[1:]) for t in (k, v))
+    begins = torch.arange(b + 1, device=q.device, dtype=torch.int32)
+    at, used = begins * apart, torch.full((b,), m, device=q.device, dtype=torch.int32)
+    if start is not None:
+        at[:-1] += start
+        used -= start
+    y, *_ = torch.ops.aten._flash_attention_forward(
+        q.flatten(0, 1), keys, values, begins * l, at, l, m, 0.0, True, False,
+        scale=scale, window_size_left=-1, window_size_right=0, seqused_k=used,
+    )  # fmt: skip
+    return y.unflatten(0, (b, l))
 
 
 def mixer_step(

@@ -246,20 +246,21 @@ def sigmoid_gate(x, gate):
     return x * gate.sigmoid()
 
 
-def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
+def attention(q, k, v, start=None, *, packing=None, scale=None, slopes=None):
     """Causal grouped-query attention.
 
-    q (b, l, h, p); k, v (b, m, k, p) with m >= l: the last l of the m positions are the queries' own.
-    mask (b, 1, l, m), True where a query may look; None: all up to its own position, in its document of `packing` (a
-    layers.Packing) if that is given.
+    q (b, l, h, p); k, v (b, m, k, p) with m >= l: the last l of the m positions are the queries' own. A query looks at
+    all up to its own position: from start (b,) on, if rows are padded on the left, and in its document of `packing` (a
+    layers.Packing), if that is given.
     scale: onto q k^T (None: 1 / sqrt(p)); slopes (h,): ALiBi, what a head subtracts from a score for each position
     between query and key, in float32. Returns (b, l, h, p).
     """
     l, m, dtype = q.shape[1], k.shape[1], q.dtype
-    if packing is not None:
-        mask = packing.mask
-    if mask is None and (1 < l < m or slopes is not None):
+    mask = None if packing is None else packing.mask
+    if start is not None or (mask is None and (1 < l < m or slopes is not None)):
         mask = torch.ones(l, m, dtype=torch.bool, device=q.device).tril(m - l)
+    if start is not None:
+        mask = mask & (torch.arange(m, device=q.device) >= start[:, None, None, None])  # (b, 1, l, m)
     if slopes is not None:
         index = torch.arange(m, device=q.device)
         distance = index[m - l :, None] - index  # (l, m)

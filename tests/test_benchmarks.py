@@ -334,20 +334,27 @@ def test_another_model_never_finds_the_answers(folder, checkpoint, questions, tm
     assert len(list(tmp_path.glob("shared/answers/*/model.json"))) == 2
 
 
-def test_the_contest_with_lm_evals_model_finds_a_different_answer(checkpoint, questions, capsys, monkeypatch):
+def test_the_contest_with_lm_evals_model_finds_a_different_answer(
+    checkpoint, questions, tmp_path, capsys, monkeypatch
+):
     pytest.importorskip("accelerate", reason="lm-eval's Hugging Face model needs it")
     flags = [str(checkpoint), "--data", str(questions), "--tasks", "piqa", "lambada", "--device", "cpu"]
     assert bench.main(flags) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["all", "8"] in [line[:2] for line in lines]
-    assert [line[:3] for line in lines[-2:]] == [["piqa", "4", "0"], ["lambada", "4", "0"]]
-    assert bench.main([*flags, "--hf-limit", "3"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["lambada", "3", "0"]
+    assert [line[:3] for line in lines[-3:]] == [["piqa", "4", "0"], ["lambada", "4", "0"], ["all", "8", "0"]]
+    kept = tmp_path / "bench.json"
+    assert bench.main([*flags, "--hf-limit", "3", "--json", str(kept)]) == 0
+    found = json.loads(kept.read_text())
+    assert [(row["items"], row["different"]) for row in found["hf"].values()] == [(3, 0), (3, 0)]
+    for name, row in found["hf"].items():  # of four items, three were drawn
+        assert row["tokens"] < found["ours"][name]["forward_tokens_hf"]
+        assert row["whole_set"] > row["seconds"]
     ask = bench.ask_hf
 
     def other_way_round(*args):
-        answers, seconds = ask(*args)
-        return [[(-float(nats), greedy) for nats, greedy in item] for item in answers], seconds
+        answers, *cost = ask(*args)
+        return [[(-float(nats), greedy) for nats, greedy in item] for item in answers], *cost
 
     monkeypatch.setattr(bench, "ask_hf", other_way_round)
     assert bench.main(flags) == 1

@@ -31,6 +31,12 @@ def test_wilsons_interval_holds_the_truth_19_times_in_20(p, n):
     assert 0.93 < coverage(p, n, wilson) < 0.98
 
 
+@pytest.mark.parametrize("n", [2, 40, 164, 10042])
+def test_interval_of_all_or_none_ends_where_shares_do(n):
+    (low, high), (_, other_high) = wilson(0.0, n), wilson(1.0, n)
+    assert f"{low:.1f}" == "0.0" and 0 < high < 1 and f"{other_high:.1f}" == "1.0" and other_high <= 1
+
+
 def test_interval_of_a_difference_holds_the_truth_19_times_in_20():
     rng = np.random.default_rng(0)
     for p, q, n in ((0.3, 0.3, 500), (0.72, 0.7, 1838), (0.05, 0.01, 164)):

@@ -38,6 +38,12 @@ def checkpoint(folder, tmp_path):
     return make_run(tmp_path / "run", folder, make_model())
 
 
+@pytest.fixture(autouse=True)
+def no_benchmarks(monkeypatch, tmp_path):
+    """The benchmarks' files that a developer has fetched are not scored with."""
+    monkeypatch.setattr(scoreboard, "BENCHMARK_DATA", tmp_path / "evals")
+
+
 def rolling(text):
     return Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
 
@@ -178,10 +184,10 @@ def test_model_with_a_nan_is_refused_in_one_line(folder, tmp_path, capsys):
 
 def test_written_text_stops_at_the_given_string(tokenizer, monkeypatch):
     ids = tokenizer.encode("one token after another")
-    monkeypatch.setattr("eval.harness.generate", lambda *_, **__: iter(ids))
+    monkeypatch.setattr("eval.models.OwnModel.write", lambda *_: [ids])
     lm = HarnessLM(make_model(), tokenizer, batch_tokens=64)
     asked = Instance(request_type="generate_until", doc={}, arguments=("the", {"until": [" after"]}), idx=0)
-    assert lm.generate_until([asked], disable_tqdm=True) == ["one token"]
+    assert lm.generate_until([asked]) == ["one token"]
 
 
 def test_scores_hold_every_task_with_errors_yardsticks_and_lm_evals_own_values(checkpoint, folder, tokenizer):
@@ -322,7 +328,7 @@ def test_sample_goes_on_to_the_separator_and_no_further(folder, tokenizer, tmp_p
     checkpoint = make_run(tmp_path / "run", folder, model)
     given = []
 
-    def write(model, prompt_ids, max_tokens, *, stop_ids, **settings):
+    def write(model, prompt_ids, max_tokens, *, stop_ids, decoder, **settings):
         given.append((prompt_ids, max_tokens, stop_ids, settings))
         yield from tokenizer.encode(" state")
 

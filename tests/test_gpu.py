@@ -238,6 +238,18 @@ def test_attention_equals_its_twin(fused, l, dtype, packed):
         assert_twins(fused, "attention", inputs, dtype, packing=packing, **settings)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("l, m", [(1, 70), (37, 113), (96, 960), (70, 70)])
+@torch.no_grad()
+def test_attention_without_gradients_equals_its_twin(fused, l, m, padded):
+    """A cache is the front of a buffer with room for more, and its rows may begin anywhere before the queries."""
+    q = draw(3, l, 4, 128, dtype=torch.bfloat16)
+    k, v = (draw(3, m + 50, 2, 128, dtype=torch.bfloat16, seed=i)[:, :m] for i in (1, 2))
+    start = torch.tensor([0, m - l, (m - l) // 2], device="cuda") if padded else None
+    got, want = (ops.attention(q, k, v, start, scale=0.1).float() for ops in (fused, reference))
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("vocab", [512, 50304])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 63, 5000])
