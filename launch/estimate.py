@@ -71,6 +71,7 @@ def make_parser():
     parser.add_argument("--micro-batch", type=count, help="sequences of a GPU at a time (default: the fastest)")
     parser.add_argument("--recompute", choices=("none", "layer"), help="(default: the faster one that fits)")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: adamw)")
+    parser.add_argument("--fp8", action="store_true", help="the layers' products in 8-bit floats")
     parser.add_argument("--document-tokens", type=number, default=1024, help="mean length of a document (1024)")
     parser.add_argument("--data", default="data/eight", help="the folder in the launch command (default: data/eight)")
     parser.add_argument("--all", action="store_true", help="list every micro-batch, not the fastest ones alone")
@@ -92,7 +93,7 @@ def make_request(flags):
         size=flags.size, model=model, tokens=flags.tokens or TOKENS_A_PARAMETER * model.n_parameters, gpu=gpu,
         n_gpus=flags.gpus or (None if searching else 8), batch_tokens=flags.batch_tokens,
         micro_batch=flags.micro_batch, zero_file=flags.ds_config, recompute=flags.recompute,
-        optimizer=flags.optimizer, document_tokens=flags.document_tokens, budget=flags.budget, days=flags.days,
+        optimizer=flags.optimizer, fp8=flags.fp8, document_tokens=flags.document_tokens, budget=flags.budget, days=flags.days,
         provider=flags.provider, spot=flags.spot,
     )  # fmt: skip
 

@@ -41,11 +41,13 @@ class Request:
     zero_file: str | None = None      # one of ZERO_FILES
     recompute: str | None = None
     optimizer: str = "adamw"
+    fp8: bool = False
     document_tokens: float = 1024
     budget: float | None = None       # dollars
     days: float | None = None
     provider: str | None = None
     spot: bool = False
+    others: bool = False              # as other trainers' kernels would run it
     # fmt: on
 
 
@@ -143,12 +145,10 @@ def choices(request, gpu, n_gpus):
                 setup = Setup(
                     model=request.model, gpu=gpu, n_gpus=n_gpus, micro_batch=rows,
                     grad_accum=batch // (n_gpus * rows * request.model.seq_len), zero=zero, recompute=recompute,
-                    optimizer=request.optimizer, document_tokens=request.document_tokens,
+                    optimizer=request.optimizer, fp8=request.fp8, others=request.others,
+                    document_tokens=request.document_tokens,
                 )  # fmt: skip
-                parts = peak_memory(
-                    request.model, world_size=n_gpus, micro_batch=rows, zero=zero, recompute=recompute,
-                    optimizer=request.optimizer,
-                )  # fmt: skip
+                parts = memory_of(setup)
                 choice = Choice(
                     setup=setup, zero_file=zero_file, parts=parts, needed=memory_needed(parts, n_gpus),
                     seconds=step_time(setup), tokens=request.tokens, price=price,
@@ -156,6 +156,14 @@ def choices(request, gpu, n_gpus):
                 yield choice
                 if not choice.fits:
                     break  # more rows need more
+
+
+def memory_of(setup):
+    """train.memory.peak_memory of a Setup."""
+    return peak_memory(
+        setup.model, world_size=setup.n_gpus, micro_batch=setup.micro_batch, zero=setup.zero,
+        recompute=setup.recompute, optimizer=setup.optimizer, fp8=setup.fp8, document_tokens=setup.document_tokens,
+    )  # fmt: skip
 
 
 def why_not(request, zero_file, zero, gpu, n_gpus):
@@ -303,4 +311,6 @@ def command(request, choice, data="data/eight"):
         words.append(f"--seq-len {model.seq_len}")
     if setup.optimizer != "adamw":
         words.append(f"--optimizer {setup.optimizer}")
+    if setup.fp8:
+        words.append("--fp8")
     return " ".join(words)
