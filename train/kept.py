@@ -65,8 +65,8 @@ def mamba_operations(model, element, fp8, document_tokens):
         keeps=element * (sum(widths) + conv + d_inner) + 4 * model.n_groups,
         takes=element * (model.d_model + d_inner), gives=element * sum(widths),
         # gradients of the scan's and the convolution's outputs; a state and its gradient for each chunk; in float32
-        # step sizes, decays and sums over each chunk's pairs, by head, and C's gradient in two parts
-        work=element * (d_inner + conv + 2 * d_inner * model.d_state // STATES_EVERY) + 40 * heads + 8 * bc,
+        # step sizes, decays and sums over each chunk's pairs, by head, and C's gradient in two parts and whole
+        work=element * (d_inner + conv + 2 * d_inner * model.d_state // STATES_EVERY) + 40 * heads + 12 * bc,
         parameters=conv * (model.d_conv + 1) + 3 * heads + d_inner,
     )  # fmt: skip
     return [
