@@ -19,7 +19,9 @@ RUNS = {  # number of processes -> [(file of ds_configs/, accumulation)]
     1: [("zero0", 4), ("zero2", 1), ("zero3", 4)],
     2: [("zero0", 1), ("zero1", 4), ("zero2", 1), ("zero2", 4), ("zero3", 1), ("zero2_offload", 1)],
 }
-RUNS[2] += [("zero1 in bf16", 1)]  # DeepSpeed has an optimizer of its own for that
+IN_BF16 = [("zero1 in bf16", 4), ("zero2 in bf16", 4)]  # DeepSpeed has an optimizer of its own for the first
+RUNS[1] += IN_BF16
+RUNS[2] += IN_BF16
 
 
 def norms_of(data, name, grad_accum):

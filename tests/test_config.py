@@ -168,6 +168,8 @@ def test_a_shipped_json_writes_the_hidden_defaults_out(file):
         ({"zero_optimization__stage3_max_live_parameters": 1}, "acts in stage 3 alone"),
         ({"zero_optimization__stage": 0, "bf16": {"enabled": True}}, "stage 0 keeps no float32 copy of bf16 weights"),
         ({"bf16": {"enabled": True}, "data_types": None}, "adds micro-batches up in bf16"),
+        ({"zero_optimization__stage": 1, "bf16": {"enabled": True}}, "immediate_grad_update must be true in stage 1"),
+        ({"bf16": {"enabled": True, "immediate_grad_update": True}}, "acts in no other; the stage is 2"),
         ({"bf16": {"enabled": "perhaps"}}, "'bf16': enabled"),
         ({"bf16__bf16_optimizer_states": True}, "lose small updates"),
         ({"communication_data_type": "fp16"}, "overflows"),

@@ -257,7 +257,7 @@ def whole_steps(module, tokens, flags):
 
     from train.engine import default_ds_config, read_ds_config
 
-    settings = read_ds_config(flags.ds_config or default_ds_config()) | {
+    settings = read_ds_config(flags.ds_config or default_ds_config(1)) | {
         "train_micro_batch_size_per_gpu": flags.micro_batch,
         "gradient_accumulation_steps": flags.grad_accum,
         "gradient_clipping": 1.0,

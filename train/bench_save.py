@@ -100,7 +100,7 @@ def measure(flags, rank, world_size):
         kernels=flags.kernels, recompute=flags.recompute,
     )  # fmt: skip
     plan = make_plan(config, vocab_size=model.vocab_size, n_tokens=1 << 50, world_size=world_size)
-    settings = read_ds_config(flags.ds_config or default_ds_config())
+    settings = read_ds_config(flags.ds_config or default_ds_config(world_size))
     ds_config = complete_ds_config(settings, plan, config, world_size)
     check_optimizer(config)
     start_processes(rank, world_size, config.timeout_minutes)

@@ -124,7 +124,7 @@ SIZE_DEFAULTS = {
 
 
 # The set-ups of `--preset`: flags and nothing else. Rates, batches and micro-batches that are not here are the size's.
-# Without a length the run is one pass over the data. bf16 is zero2.json's; quick_test takes what the machine has.
+# Without a length the run is one pass over the data. Those for few GPUs take the JSON that fits their number.
 ZERO2 = "ds_configs/zero2.json"
 RUN_PRESETS = {
     # a hundred steps on a small text: does everything work?
@@ -135,14 +135,14 @@ RUN_PRESETS = {
     "medium_scale": dict(size="2.7B", steps=100_000, batch_tokens=1 << 20, ds_config=ZERO2, recompute="layer"),
     # eight to sixteen GPUs, 157 billion tokens: half the size's usual batch, so that the corpus is not read three times
     "large_scale": dict(size="6.7B", steps=150_000, batch_tokens=1 << 20, ds_config=ZERO2, recompute="layer"),
-    # one GPU, 100 billion tokens in batches of 512k
-    "single_gpu": dict(size="1.3B-gated", tokens=100e9, batch_tokens=1 << 19, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, ds_config=ZERO2, recompute="layer", save_every=1000, keep=5),
+    # one GPU of 80 GB, 100 billion tokens in batches of 512k
+    "single_gpu": dict(size="1.3B-gated", tokens=100e9, batch_tokens=1 << 19, weight_decay=0.1, beta1=0.9, beta2=0.95, clip=1.0, save_every=1000, keep=5),
     # a card of 8 GB and one's own text; the batch is reached by accumulation
-    "laptop_8gb": dict(size="100M", batch_tokens=1 << 16, micro_batch=4, ds_config=ZERO2, recompute="layer", keep=2),
+    "laptop_8gb": dict(size="100M", batch_tokens=1 << 16, micro_batch=4, recompute="layer", keep=2),
     # layer patterns side by side: the same text once for each --layer-pattern
-    "lab": dict(size="lab", seq_len=512, epochs=1.0, batch_tokens=1 << 17, ds_config=ZERO2, eval_every=200),
+    "lab": dict(size="lab", seq_len=512, epochs=1.0, batch_tokens=1 << 17, eval_every=200),
     # no attention; Muon for the matrices, AdamW for the rest
-    "muon": dict(size="mamba-130M", epochs=1.0, optimizer="muon", weight_decay=0.1, ds_config=ZERO2),
+    "muon": dict(size="mamba-130M", epochs=1.0, optimizer="muon", weight_decay=0.1),
 }  # fmt: skip
 LENGTHS = ("steps", "tokens", "epochs")
 

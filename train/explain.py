@@ -26,7 +26,7 @@ TOP_LEVEL = (
 )  # fmt: skip
 
 
-def flag_rows(config, origins, plan):
+def flag_rows(config, origins, plan, world_size):
     """Yield (flag, value, origin); a flag that was left open has the value that was worked out for it."""
     for f in dataclasses.fields(config):
         value, origin = getattr(config, f.name), origins[f.name]
@@ -35,7 +35,7 @@ def flag_rows(config, origins, plan):
         elif value is None and f.name in MODEL_FLAGS:
             value, origin = getattr(plan.model, f.name), f"size {config.size}"
         elif value is None and f.name == "ds_config":
-            value, origin = default_ds_config(), "default of this machine"
+            value, origin = default_ds_config(world_size), "default of this machine"
         elif value is None and f.name == "steps":
             length = next((n for n in ("tokens", "epochs") if getattr(config, n) is not None), None)
             value, origin = plan.steps, f"derived: {flag(length)}" if length else "derived: one pass over the data"
@@ -66,12 +66,12 @@ def model_rows(config, origins, plan):
         yield f.name, getattr(plan.model, f.name), origin
 
 
-def deepspeed_rows(config, plan, ds_config):
+def deepspeed_rows(config, plan, ds_config, world_size):
     """Yield (key, value, origin) of what DeepSpeed itself makes of its JSON, its own defaults included.
 
     Left out is what cannot act: keys of other stages, and what is not set at all.
     """
-    file = config.ds_config or default_ds_config()
+    file = config.ds_config or default_ds_config(world_size)
     resolved = DeepSpeedConfig(ds_config)
     settled = {
         "train_batch_size": plan.batch_sequences,
@@ -89,7 +89,8 @@ def deepspeed_rows(config, plan, ds_config):
     zero = settled["zero_optimization"]
     for key in [key for key in zero if zero[key] is None or (stage != 3 and key.startswith(ONLY_STAGE_3))]:
         del zero[key]
-    zero.pop("leaf_module", None)  # classes of other people's models
+    if "leaf_module" not in ds_config["zero_optimization"]:
+        zero.pop("leaf_module", None)  # classes of other people's models
     written = flatten(ds_config)
     for key, value in flatten(settled).items():
         origin = str(file) if key in written else "DeepSpeed's default"
@@ -106,10 +107,10 @@ def explain(config, origins, plan, ds_config, world_size):
     """Print the four tables."""
     console = Console(width=None if Console().is_terminal else 160)
     for title, rows in (
-        ("flags", flag_rows(config, origins, plan)),
+        ("flags", flag_rows(config, origins, plan, world_size)),
         ("worked out", plan_rows(plan, world_size)),
         ("model", model_rows(config, origins, plan)),
-        ("DeepSpeed", deepspeed_rows(config, plan, ds_config)),
+        ("DeepSpeed", deepspeed_rows(config, plan, ds_config, world_size)),
     ):
         table = Table(title, "value", "from", box=SIMPLE_HEAD)
         table.columns[0].no_wrap = True

@@ -55,7 +55,7 @@ def train(config, origins=None, explain_for=None):
     does not recover.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), explain_for or int(os.environ.get("WORLD_SIZE", 1))
-    ds_settings = read_ds_config(config.ds_config or default_ds_config())
+    ds_settings = read_ds_config(config.ds_config or default_ds_config(world_size))
     data = open_training_data(config, rank, world_size, verify=config.verify_data and not explain_for)
     plan = make_plan(
         config, vocab_size=data.vocab_size, n_tokens=data.n_tokens, world_size=world_size,
