@@ -33,6 +33,7 @@ DEFAULTS = {
 }  # fmt: skip
 POINTS = [
     {"size": "1.3B", "seq_len": 8192, "micro_batch": 1},
+    {"size": "1.3B", "seq_len": 8192, "micro_batch": 1, "zero_file": "zero1"},
     {"size": "1.3B", "seq_len": 8192, "micro_batch": 4},
     {"size": "1.3B", "seq_len": 8192, "micro_batch": 4, "recompute": "layer"},
     {"size": "1.3B", "seq_len": 2048, "micro_batch": 8},
@@ -50,7 +51,9 @@ POINTS = [
     {"size": "2.7B", "seq_len": 8192, "micro_batch": 2, "zero_file": "zero1", "recompute": "layer"},
     {"size": "2.7B", "seq_len": 4096, "micro_batch": 8, "zero_file": "zero3", "recompute": "layer"},
     {"size": "6.7B", "seq_len": 8192, "micro_batch": 1, "recompute": "layer"},
-    {"size": "6.7B", "seq_len": 8192, "micro_batch": 1, "optimizer": "adamw8bit"},
+    {"size": "6.7B", "seq_len": 8192, "micro_batch": 1, "zero_file": "zero1", "optimizer": "adamw8bit"},
+    {"size": "6.7B", "seq_len": 8192, "micro_batch": 1},  # two GPUs have room for this one and the next
+    {"size": "6.7B", "seq_len": 8192, "micro_batch": 1, "zero_file": "zero3"},
     {"size": "6.7B", "seq_len": 4096, "micro_batch": 4, "zero_file": "zero3", "recompute": "layer"},
 ]
 

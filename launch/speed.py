@@ -59,9 +59,12 @@ def constants(gpu, others=False):
     return {name: entry["value"] for name, entry in entries.items()}
 
 
-def layer_work(model, kind, document_tokens, fp8=False):
+def layer_work(model, kind, document_tokens, fp8, c):
     """What one layer does for a token: {operation: (forward, backward)}, in FLOPs for products and attention, in bytes
-    of memory traffic for the others: a kernel of model/ reads and writes each of its tensors once, in bfloat16."""
+    of memory traffic for the others: a kernel of model/ reads and writes each of its tensors once, in bfloat16.
+
+    c: constants().
+    """
     d, d_inner, bc, d_ff = model.d_model, model.d_inner, model.n_groups * model.d_state, model.d_ff
     norms = 2 if d_ff else 1
     work = {"norms": (8 * d * norms, 8 * d * norms)}
@@ -84,10 +87,11 @@ def layer_work(model, kind, document_tokens, fp8=False):
         d_kv = model.n_kv_heads * model.head_dim
         columns = (2 if model.attention_gate else 1) * d + 2 * d_kv
         products = 2 * d * (columns + d)
-        packed = document_tokens < model.seq_len
         scores = 2 * d * min(document_tokens, model.seq_len)  # the causal half
-        # five products for two (FlashAttention, arXiv:2205.14135)
-        work["attention, packed" if packed else "attention"] = (scores, 2.5 * scores)
+        if document_tokens < model.seq_len:  # and what a document costs besides, whatever its length
+            scores += 2 * d * c["document_tokens"]
+        packed = ", packed" if document_tokens < model.seq_len else ""
+        work[f"attention{packed}"] = (scores, 2.5 * scores)  # five products for two (arXiv:2205.14135)
         turned = 4 * (d + d_kv) if model.positions == "rope" else 0
         gate = d if model.attention_gate else 0
         in_8 = in_8_bits(fp8, d, d_kv)
@@ -127,7 +131,7 @@ def micro_batch_time(setup, c):
     times, forward = Counter(), FORWARD_TIMES[setup.recompute]
     for kind in sorted(set(model.layer_pattern)):
         n = model.layer_pattern.count(kind)
-        for operation, (ahead, back) in layer_work(model, kind, setup.document_tokens, setup.fp8).items():
+        for operation, (ahead, back) in layer_work(model, kind, setup.document_tokens, setup.fp8, c).items():
             times[operation] += n * tokens * (forward * ahead + back) / rate(operation, gpu, c)
         times["element-wise"] += n * forward * weight_traffic(model, kind, setup.fp8) / rate("element-wise", gpu, c)
     d, v = model.d_model, model.vocab_size
@@ -190,12 +194,11 @@ def communication(setup, c):
 def gradient_time(setup, c):
     """Seconds that DeepSpeed takes of the GPU for a micro-batch's gradients, without communication.
 
-    Bytes a parameter, read and written. Stage 1 (bf16_optimizer.py): added up in bfloat16 6, to float32 6, added 12,
-    zeroed 2. Stage 2 (stage_1_and_2.py): into the bucket 4, divided 4, laid end to end 4, to float32 6 and back 6, of
+    Bytes a parameter, read and written. Stage 1 (train/engine.py): added up in float32 10. Stage 2 (stage_1_and_2.py): into the bucket 4, divided 4, laid end to end 4, to float32 6 and back 6, of
     a process's own part added 12 and back into the bucket 6. Stage 3 (stage3.py): into the bucket in float32 6, laid
     end to end 8, divided 8, its own part cut out 8 and added 12.
     """
-    whole, own = {0: (12, 0), 1: (26, 0), 2: (24, 18), 3: (22, 20)}[setup.zero.stage]
+    whole, own = {0: (12, 0), 1: (10, 0), 2: (24, 18), 3: (22, 20)}[setup.zero.stage]
     p = setup.model.n_parameters
     return (whole * p + own * p / setup.n_gpus) / rate("gradients", setup.gpu, c)
 

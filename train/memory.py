@@ -148,14 +148,14 @@ def standing(model, world_size, zero, optimizer):
     weights = 2 * p
     if zero.stage == 3:
         weights = 2 * p / n + (2 * p / zero.hpz if zero.hpz > 1 and n > zero.hpz else 0)
-    return Moment(weights, 4 * p / n, states / n, 6 * p if zero.stage == 1 else 4 * p / n)
+    return Moment(weights, 4 * p / n, states / n, 4 * p if zero.stage == 1 else 4 * p / n)
 
 
 def step_moments(model, world_size, zero, optimizer, backward):
     """Yield the Moments of a step's last micro-batch, of which `backward` are backward_moments(), and the last one.
 
     Gradients are added up in float32: at stages 2 and 3 a process's own part of them, summed over the processes a
-    bucket at a time; at stage 1 all of them, and those in bfloat16 stay beside (DeepSpeed 0.19.8, bf16_optimizer.py).
+    bucket at a time; at stage 1 all of them, each as it comes (DeepSpeed 0.19.8, bf16_optimizer.py).
     """
     n, largest = world_size, model.vocab_size * model.d_model
     between = standing(model, n, zero, optimizer)
