@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
@@ -330,6 +331,9 @@ def print_scaling(rows):
         rates = "".join(f"{rate:>11,.0f}" if rate else f"{'no':>11}" for rate in row["tokens_per_s_per_gpu"].values())
         best = f"  {row['best']}, {row['efficiency']:.0%}" if row["best"] else ""
         print(f"  {row['gpus']:>5} {row['batch_tokens']:>14,} {rates}{best}")
+    known = [row for row in rows if row["best"]]
+    turns = [b for a, b in pairwise([{"best": None}, *known]) if a["best"] != b["best"]]
+    print("  the fastest: " + ", ".join(f"{row['best']} from {row['gpus']}" for row in turns))
 
 
 def main(argv=None):

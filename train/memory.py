@@ -163,17 +163,16 @@ def step_moments(model, world_size, zero, optimizer, backward):
         layer = max(sum(o.parameters for o in layer_operations(model, kind)) for kind in set(model.layer_pattern))
         gathered = 2 * min(model.n_parameters, zero.max_live + layer) if n > 1 else 0
         between = between._replace(gathered_weights=gathered, buckets=bucket_bytes(zero))
-    buckets, filled = between.buckets, 0  # stage 2 makes its buckets for each backward pass
+    stays, buckets, filled = between[:5], between.buckets, 0  # stage 2 makes its buckets for each backward pass
     for activations, workspace, loss, parameters in backward:
-        now = between._replace(activations=activations, workspace=workspace, logits_and_loss=loss)
         if parameters and zero.stage > 1:
             buckets = bucket_bytes(zero)
             if filled + parameters > zero.bucket:
-                yield now._replace(buckets=buckets + sum_bytes(zero, filled))
+                yield Moment(*stays, buckets + sum_bytes(zero, filled), activations, workspace, loss)
                 filled = 0
             filled += parameters
-        yield now._replace(buckets=buckets)
-    yield between._replace(buckets=buckets + sum_bytes(zero, filled))
+        yield Moment(*stays, buckets, activations, workspace, loss)
+    yield Moment(*stays, buckets + sum_bytes(zero, filled))
     # DeepSpeed takes each gradient's norm in float64
     step = 0 if zero.offload else 8 * largest + step_workspace(model, n, zero, optimizer)
     yield standing(model, n, zero, optimizer)._replace(step=step)
