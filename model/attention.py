@@ -1,6 +1,7 @@
 """The attention mixer: grouped queries, positions as a rotation, a slope or not at all, and an optional gate."""
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,8 @@ class _Buffer:
         self.tensor, self.used = tensor, tensor.shape[2]  # (2, b, capacity, k, p), and how much of it is written
 
 
+@lru_cache  # a pass asks for them once a layer
+@torch.inference_mode(False)
 def rope_frequencies(config, device):
     """Turns of each pair of channels a position, (p / 2,) in radians and float32, and what multiplies the rotated.
 

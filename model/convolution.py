@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.launching import launch
 from model.tiles import by_rows
 
 # rows of a program, rows loaded at a time, such groups under way, channels, warps (H200)
@@ -52,7 +53,8 @@ def conv_forward(x, weight, bias, document_ids=None, initial_state=None, config=
     y = torch.empty(b, l, d, device=x.device, dtype=x.dtype)
     grid = triton.cdiv(d, config["BLOCK_D"]), triton.cdiv(l, config["ROWS"]), b
     with torch.cuda.device_of(x):
-        _conv_forward_kernel[grid](
+        launch(
+            _conv_forward_kernel, grid,
             x, weight.contiguous(), bias, ids, before, y, l, d, *x.stride()[:2],
             PACKED=ids is not None, CARRIED=before is not None, WIDTH=weight.shape[1], **config,
         )  # fmt: skip
@@ -70,7 +72,8 @@ def conv_backward(dy, x, weight, bias, document_ids=None, initial_state=None, dx
     blocks = triton.cdiv(l, config["ROWS"])
     sums = torch.empty(b, blocks, width + 1, d, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _conv_backward_kernel[triton.cdiv(d, config["BLOCK_D"]), blocks, b](
+        launch(
+            _conv_backward_kernel, (triton.cdiv(d, config["BLOCK_D"]), blocks, b),
             dy, x, weight.contiguous(), bias, ids, before, dx, dbefore, sums, l, d,
             *dy.stride()[:2], *x.stride()[:2], *dx.stride()[:2],
             PACKED=ids is not None, CARRIED=before is not None, WIDTH=width, **config,

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from model.config import FP8_MULTIPLE
-from model.layers import Linear, SplitLinear, SwiGLU
+from model.layers import Linear, SplitLinear, SwiGLU, as_one
 
 ROLES = ("x", "weight", "dy")
 DTYPE = {"x": torch.float8_e4m3fn, "weight": torch.float8_e4m3fn, "dy": torch.float8_e5m2}
@@ -156,32 +156,27 @@ class Site:
         return y if split else y[0]
 
     def scaled(self, role, device, write):
-        """Let write(scale, seen) write this factor in 8 bits. Returns the scale and its inverse."""
+        """What write(scale, seen) makes of this factor in 8 bits, the scale and its inverse."""
         scale, inverse, seen = self.scales.place(self.index, role, device)
         if self.scales.current:
             largest = torch.zeros_like(seen)
             write(scale, largest)  # to learn the largest
             scale = power_of_two(largest, self.scales.most[ROLES.index(role)])
             inverse = 1 / scale
-        write(scale, seen)
-        return scale, inverse
+        return write(scale, seen), scale, inverse
 
     def cast(self, role, parts, dim):
         """The 2-d `parts`, joined along dim, in 8 bits: (n, m), its transpose (m, n), and the scale's inverse."""
-        x = parts[0]
-        shape = list(x.shape)
-        shape[dim] = sum(part.shape[dim] for part in parts)
-        out = torch.empty(shape, dtype=DTYPE[role], device=x.device)
-        turned = torch.empty(shape[::-1], dtype=DTYPE[role], device=x.device)
-        widths = [part.shape[dim] for part in parts]
-        places = list(zip(parts, out.split(widths, dim), turned.split(widths, 1 - dim), strict=True))
-        kernels = kernels_for(x)
+        kernels = kernels_for(parts[0])
+        (out, turned), _, inverse = self.scaled(
+            role, parts[0].device, lambda scale, seen: kernels.cast(scale, seen, DTYPE[role], dim, *parts)
+        )
+        return out, turned, inverse
 
-        def write(scale, seen):
-            for part, there, turned_there in places:
-                kernels.cast(part, there, turned_there, scale, seen)
-
-        return out, turned, self.scaled(role, x.device, write)[1]
+    def cast_weights(self, weights):
+        """cast, of matrices by rows."""
+        one = as_one(weights)
+        return self.cast("weight", weights if one is None else [one], dim=0)
 
 
 def kernels_for(x):
@@ -208,7 +203,7 @@ class Product(torch.autograd.Function):
     def forward(ctx, x, site, split, *weights):
         ctx.set_materialize_grads(False)
         x8, x_turned, inverse_x = site.cast("x", [as_rows(x)], dim=0)
-        weight8, weight_turned, inverse_weight = site.cast("weight", weights, dim=0)
+        weight8, weight_turned, inverse_weight = site.cast_weights(weights)
         y = multiply(x8, weight8, inverse_x, inverse_weight, x.dtype, FAST_SUM["y"])
         ctx.save_for_backward(x_turned, weight_turned)
         ctx.site, ctx.split, ctx.shape, ctx.dtype = site, split, x.shape, x.dtype
@@ -252,10 +247,9 @@ class SwiGLUProduct(torch.autograd.Function):
     def forward(ctx, x, inner, outer, gate, up, down):
         kernels = kernels_for(x)
         x8, x_turned, inverse_x = inner.cast("x", [as_rows(x)], dim=0)
-        in8, in_turned, inverse_in = inner.cast("weight", [gate, up], dim=0)
+        in8, in_turned, inverse_in = inner.cast_weights([gate, up])
         gate_up = multiply(x8, in8, inverse_x, inverse_in, x.dtype, FAST_SUM["y"])
-        h8 = torch.empty(len(x8), len(gate), dtype=DTYPE["x"], device=x.device)
-        scale_h, inverse_h = outer.scaled("x", x.device, lambda *to: kernels.swiglu(gate_up, h8, *to))
+        h8, scale_h, inverse_h = outer.scaled("x", x.device, lambda *to: kernels.swiglu(gate_up, *to, DTYPE["x"]))
         out8, out_turned, inverse_out = outer.cast("weight", [down], dim=0)
         y = multiply(h8, out8, inverse_h, inverse_out, x.dtype, FAST_SUM["y"])
         ctx.save_for_backward(x_turned, in_turned, gate_up, out_turned)
@@ -267,18 +261,15 @@ class SwiGLUProduct(torch.autograd.Function):
     def backward(ctx, dy):
         x_turned, in_turned, gate_up, out_turned = ctx.saved_tensors
         inverse_x, inverse_in, scale_h, inverse_h, inverse_out = ctx.scales
-        (inner, outer), dtype, device = ctx.sites, ctx.dtype, dy.device
+        (inner, outer), dtype = ctx.sites, ctx.dtype
         kernels = kernels_for(dy)
         dy8, dy_turned, inverse = outer.cast("dy", [as_rows(dy)], dim=1)
         dh = multiply(dy8, out_turned, inverse, inverse_out, dtype, FAST_SUM["dx"])
-        h_turned = torch.empty(dh.shape[::-1], dtype=DTYPE["x"], device=device)
-        d8 = torch.empty(gate_up.shape, dtype=DTYPE["dy"], device=device)
-        d_turned = torch.empty(gate_up.shape[::-1], dtype=DTYPE["dy"], device=device)
 
         def write(scale, seen):
-            kernels.swiglu_backward(dh, gate_up, h_turned, d8, d_turned, scale_h, scale, seen)
+            return kernels.swiglu_backward(dh, gate_up, scale_h, scale, seen, DTYPE["x"], DTYPE["dy"])
 
-        _, inverse_d = inner.scaled("dy", device, write)
+        (h_turned, d8, d_turned), _, inverse_d = inner.scaled("dy", dy.device, write)
         ddown = multiply(dy_turned, h_turned, inverse, inverse_h, dtype, FAST_SUM["dW"])
         dx = multiply(d8, in_turned, inverse_d, inverse_in, dtype, FAST_SUM["dx"])
         dgate, dup = multiply(d_turned, x_turned, inverse_d, inverse_x, dtype, FAST_SUM["dW"]).chunk(2)

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.launching import launch, remembered
+
 # rows and columns of a program's tile, and warps; chosen on an H200
 CAST = dict(ROWS=128, COLUMNS=128, num_warps=8)
 SWIGLU = dict(ROWS=16, COLUMNS=256, num_warps=4)
@@ -97,15 +99,24 @@ def _cast_kernel(
     _raise(seen_ptr, most)
 
 
-def cast(x, out, turned, scale, seen):
-    """x (n, m), rows at any stride -> out (n, m) and turned (m, n), of one 8-bit dtype; n is a multiple of 16.
+@remembered
+def cast(scale, seen, dtype, dim, *parts):
+    """The parts (n, m), rows at any stride, joined along dim, by rows and by columns: (n, m) and (m, n) of that dtype.
 
-    scale, seen: float32, one element each.
+    n is a multiple of 16. scale, seen: float32, one element each.
     """
-    with torch.cuda.device_of(x):
-        _cast_kernel[grid(x, CAST)](
-            x, out, turned, scale, seen, *x.shape, x.stride(0), out.stride(0), turned.stride(0), **CAST
-        )
+    shape = list(parts[0].shape)
+    widths = [part.shape[dim] for part in parts]
+    shape[dim] = sum(widths)
+    out, turned = (torch.empty(size, dtype=dtype, device=seen.device) for size in (shape, shape[::-1]))
+    with torch.cuda.device_of(seen):
+        for x, there, turned_there in zip(parts, out.split(widths, dim), turned.split(widths, 1 - dim), strict=True):
+            launch(
+                _cast_kernel, grid(x, CAST),
+                x, there, turned_there, scale, seen, *x.shape, x.stride(0), there.stride(0), turned_there.stride(0),
+                **CAST,
+            )  # fmt: skip
+    return out, turned
 
 
 def grid(x, tile):
@@ -130,10 +141,13 @@ def _swiglu_kernel(
     _raise(seen_ptr, tl.abs(h))
 
 
-def swiglu(gate_up, out, scale, seen):
-    """gate_up (n, 2 f), gate first -> out (n, f), of an 8-bit dtype: silu(gate) * up; all of them contiguous."""
+@remembered
+def swiglu(gate_up, scale, seen, dtype):
+    """gate_up (n, 2 f), gate first, contiguous -> (n, f) of an 8-bit dtype: silu(gate) * up."""
+    out = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=dtype, device=gate_up.device)
     with torch.cuda.device_of(out):
-        _swiglu_kernel[grid(out, SWIGLU)](gate_up, out, scale, seen, *out.shape, **SWIGLU)
+        launch(_swiglu_kernel, grid(out, SWIGLU), gate_up, out, scale, seen, *out.shape, **SWIGLU)
+    return out
 
 
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr", "seen_ptr", "h_scale_ptr"])
@@ -178,12 +192,17 @@ def _swiglu_backward_kernel(
     _raise(seen_ptr, most)
 
 
-def swiglu_backward(dh, gate_up, h_turned, out, turned, h_scale, scale, seen):
-    """dh (n, f), gate_up (n, 2 f) -> d gate_up: out (n, 2 f) and turned (2 f, n); and h_turned (f, n), as swiglu's.
+@remembered
+def swiglu_backward(dh, gate_up, h_scale, scale, seen, h_dtype, dtype):
+    """dh (n, f), gate_up (n, 2 f) -> h_turned (f, n), as swiglu's; d gate_up, (n, 2 f), and turned, (2 f, n).
 
     h_scale: what swiglu took as its scale. All contiguous; n is a multiple of 16.
     """
+    h_turned = torch.empty(dh.shape[::-1], dtype=h_dtype, device=dh.device)
+    out, turned = (torch.empty(size, dtype=dtype, device=dh.device) for size in (gate_up.shape, gate_up.shape[::-1]))
     with torch.cuda.device_of(dh):
-        _swiglu_backward_kernel[grid(dh, SWIGLU_BACKWARD)](
-            dh, gate_up, h_turned, out, turned, h_scale, scale, seen, *dh.shape, **SWIGLU_BACKWARD
-        )
+        launch(
+            _swiglu_backward_kernel, grid(dh, SWIGLU_BACKWARD),
+            dh, gate_up, h_turned, out, turned, h_scale, scale, seen, *dh.shape, **SWIGLU_BACKWARD,
+        )  # fmt: skip
+    return h_turned, out, turned

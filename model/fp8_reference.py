@@ -16,26 +16,27 @@ def raise_to(seen, x):
     seen.copy_(torch.maximum(seen, x.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).max()))
 
 
-def cast(x, out, turned, scale, seen):
+def cast(scale, seen, dtype, dim, *parts):
     """See model/fp8_kernels.py."""
-    out.copy_(to_8_bits(x, out.dtype, scale))
-    turned.copy_(out.t())
+    x = torch.cat(parts, dim)
+    out = to_8_bits(x, dtype, scale)
     raise_to(seen, x)
+    return out, out.t().contiguous()
 
 
-def swiglu(gate_up, out, scale, seen):
+def swiglu(gate_up, scale, seen, dtype):
     """See model/fp8_kernels.py."""
     gate, up = gate_up.float().chunk(2, dim=1)
     h = F.silu(gate) * up
-    out.copy_(to_8_bits(h, out.dtype, scale))
     raise_to(seen, h)
+    return to_8_bits(h, dtype, scale)
 
 
-def swiglu_backward(dh, gate_up, h_turned, out, turned, h_scale, scale, seen):
+def swiglu_backward(dh, gate_up, h_scale, scale, seen, h_dtype, dtype):
     """See model/fp8_kernels.py."""
     gate, up = gate_up.float().chunk(2, dim=1)
     s, dh = gate.sigmoid(), dh.float()
     silu = gate * s
     dgate_up = torch.cat([dh * up * (s + silu * (1 - s)), dh * silu], dim=1)
-    h_turned.copy_(to_8_bits(silu * up, h_turned.dtype, h_scale).t())
-    cast(dgate_up, out, turned, scale, seen)
+    h_turned = to_8_bits(silu * up, h_dtype, h_scale).t().contiguous()
+    return h_turned, *cast(scale, seen, dtype, 1, dgate_up)

@@ -17,6 +17,7 @@ from model.convolution import causal_conv1d  # noqa: F401
 from model.cross_entropy import cross_entropy  # noqa: F401
 from model.gated_norm import gated_rms_norm
 from model.gating import sigmoid_gate, swiglu  # noqa: F401
+from model.layers import as_one
 from model.mixer import mixer  # noqa: F401
 from model.norm import add_rms_norm, rms_norm  # noqa: F401
 from model.rotary import rotary  # noqa: F401
@@ -64,6 +65,30 @@ def attention(q, k, v, mask=None, *, packing=None, scale=None, slopes=None):
     return y.unflatten(0, (b, l))
 
 
+class SplitProduct(torch.autograd.Function):
+    """x times several matrices. The weights are kept as they are: joined, they would be kept twice."""
+
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, joined(weights))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *weights = ctx.saved_tensors
+        dy, rows = dy.flatten(0, -2), x.flatten(0, -2)
+        dx = (dy @ joined(weights)).view(x.shape) if ctx.needs_input_grad[0] else None
+        dweights = [None] * len(weights)
+        if any(ctx.needs_input_grad[1:]):
+            dweights = (dy.t() @ rows).split([len(weight) for weight in weights])
+        return dx, *dweights
+
+
+def joined(weights):
+    one = as_one(weights)
+    return torch.cat(weights) if one is None else one
+
+
 def mixer_step(
     zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, n_groups, eps, conv, ssm, lengths
 ):  # fmt: skip
@@ -85,6 +110,8 @@ def products(x, weights):
     n_rows, half = x.shape[:-1].numel(), x.dtype in (torch.bfloat16, torch.float16)
     ours = n_rows == 1 or (half and len(weights) > 1 and n_rows <= single_token.MAX_ROWS)
     if torch.is_grad_enabled() or not ours:
-        return reference.products(x, weights)
+        if len(weights) == 1 or torch.compiler.is_compiling():
+            return reference.products(x, weights)
+        return SplitProduct.apply(x, *weights)
     with torch.cuda.device(x.device):
         return single_token.products(x, weights)

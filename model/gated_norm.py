@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from model.convolution import sigmoid
+from model.launching import launch
 from model.tiles import in_rows
 
 # rows of a tile, for a group of 4096 channels, tiles of a program, how many of them are under way, warps (H200)
@@ -44,8 +45,20 @@ def norm_forward(x, z, weight, n_groups, eps, config=FORWARD):
     config = fitting(config, b * l, d // g, x.element_size())
     grid = triton.cdiv(b * l, config["BLOCK_R"] * config["TILES"]), g
     with torch.cuda.device_of(x):
-        _gated_norm_forward_kernel[grid](
-            x, z, weight, y, scales, b * l, d // g, x.stride(0), z.stride(0), eps, **config
+        launch(
+            _gated_norm_forward_kernel,
+            grid,
+            x,
+            z,
+            weight,
+            y,
+            scales,
+            b * l,
+            d // g,
+            x.stride(0),
+            z.stride(0),
+            eps,
+            **config,
         )
     return y, scales
 
@@ -61,7 +74,8 @@ def norm_backward(dy, x, z, weight, scales, dz=None, config=BACKWARD):
     programs = triton.cdiv(b * l, config["BLOCK_R"] * config["TILES"])
     dweights = torch.empty(programs, d, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _gated_norm_backward_kernel[programs, g](
+        launch(
+            _gated_norm_backward_kernel, (programs, g),
             dy, x, z, weight, scales, dx, dz_rows, dweights, b * l, d // g,
             dy.stride(0), x.stride(0), z.stride(0), dz_rows.stride(0), **config,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.launching import launch, remembered
 from model.tiles import in_rows
 
 BLOCK, WARPS = 1024, 4  # columns of a row that a program multiplies: 8 a thread, a load of 128 bits in bfloat16
@@ -30,52 +31,77 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return multiply(up, gate, silu=True)
+        return swiglu_forward(gate_up)
 
     @staticmethod
     def backward(ctx, dy):
-        (gate_up,) = ctx.saved_tensors
-        dgate_up = torch.empty(gate_up.shape, device=dy.device, dtype=gate_up.dtype)
-        gate, up = gate_up.chunk(2, dim=-1)
-        dgate, dup = dgate_up.chunk(2, dim=-1)
-        multiply_backward(up, gate, dy, dup, dgate, silu=True)
-        return dgate_up
+        return swiglu_backward(*ctx.saved_tensors, dy)
 
 
 class SigmoidGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate):
         ctx.save_for_backward(x, gate)
-        return multiply(x, gate, silu=False)
+        return gate_forward(x, gate)
 
     @staticmethod
     def backward(ctx, dy):
-        x, gate = ctx.saved_tensors
-        dx, dgate = (torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in (x, gate))
-        multiply_backward(x, gate, dy, dx, dgate, silu=False)
-        return dx, dgate
+        return gate_backward(*ctx.saved_tensors, dy)
+
+
+@remembered
+def swiglu_forward(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return multiply(up, gate, silu=True)
+
+
+@remembered
+def swiglu_backward(gate_up, dy):
+    dgate_up = torch.empty(gate_up.shape, device=dy.device, dtype=gate_up.dtype)
+    gate, up = gate_up.chunk(2, dim=-1)
+    dgate, dup = dgate_up.chunk(2, dim=-1)
+    multiply_backward(up, gate, dy, dup, dgate, silu=True)
+    return dgate_up
+
+
+@remembered
+def gate_forward(x, gate):
+    return multiply(x, gate, silu=False)
+
+
+@remembered
+def gate_backward(x, gate, dy):
+    dx, dgate = (torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in (x, gate))
+    multiply_backward(x, gate, dy, dx, dgate, silu=False)
+    return dx, dgate
 
 
 def multiply(x, gate, silu):
     """x * silu(gate) or x * sigmoid(gate)."""
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    launch(_gating_forward_kernel, x, gate, y, silu=silu)
+    by_row(_gating_forward_kernel, x, gate, y, silu=silu)
     return y
 
 
 def multiply_backward(x, gate, dy, dx, dgate, silu):
     """Write the gradients of x and gate into dx and dgate, which may be slices."""
-    launch(_gating_backward_kernel, x, gate, dy, dx, dgate, silu=silu)
+    by_row(_gating_backward_kernel, x, gate, dy, dx, dgate, silu=silu)
 
 
-def launch(kernel, *tensors, silu):
-    """A kernel over tensors of one shape, each by rows with a stride of its own."""
+def by_row(kernel, *tensors, silu):
+    """Launch a kernel over tensors of one shape, each by rows with a stride of its own."""
     rows = [in_rows(t) for t in tensors]
     n, d = rows[0].shape
     with torch.cuda.device_of(rows[0]):
-        kernel[(n * triton.cdiv(d, BLOCK),)](
-            *rows, d, *(t.stride(0) for t in rows), SILU=silu, BLOCK=BLOCK, num_warps=WARPS
+        launch(
+            kernel,
+            (n * triton.cdiv(d, BLOCK),),
+            *rows,
+            d,
+            *(t.stride(0) for t in rows),
+            SILU=silu,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
         )
 
 

@@ -41,6 +41,24 @@ class Packing:
         return F.pad(begins, (0, 1), value=self.starts.numel()).int()
 
 
+def as_one(weights):
+    """The matrices (n, k) as one, by rows, where they lie behind each other in memory; None elsewhere.
+
+    An optimizer that shards its work (ZeRO-1, ZeRO-2) lays all of a group's parameters so, in their order.
+    """
+    first, k, end = weights[0], weights[0].shape[1], weights[0].data_ptr()
+    if end % 16:
+        return None  # a product's kernel would be another
+    for weight in weights:
+        if weight.data_ptr() != end or not weight.is_contiguous():
+            return None
+        end += weight.numel() * weight.element_size()
+    memory = first.untyped_storage()
+    if end > memory.data_ptr() + memory.nbytes():
+        return None  # neighbours by chance
+    return first.detach().as_strided((sum(map(len, weights)), k), (k, 1))
+
+
 class Linear(nn.Linear):
     """A bias-free linear map."""
 

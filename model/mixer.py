@@ -11,7 +11,8 @@ import triton.language as tl
 
 from model.convolution import conv_backward, conv_forward, last_inputs, sigmoid
 from model.gated_norm import norm_backward, norm_forward
-from model.scan import BACKWARD_CHUNK, decays, entering_states, scan
+from model.launching import launch, remembered
+from model.scan import BACKWARD_CHUNK, decays, document_starts, entering_states, scan
 from model.scan_backward import scan_backward
 from model.tiles import in_rows
 
@@ -38,44 +39,61 @@ class Mixer(torch.autograd.Function):
         ctx, zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, n_groups, eps,
         document_ids, conv_state, ssm_state,
     ):  # fmt: skip
-        z, xBC, dt = zxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
-        fed = conv_forward(xBC, conv_weight, conv_bias, document_ids, conv_state)
-        x, B, C = by_head(fed, A_log, norm_weight, n_groups)
-        dt, A = rates(dt, dt_bias, A_log)
-        y, last = scan(x, dt, A, B, C, D.float(), document_ids, ssm_state)
-        y = y.flatten(2)
-        normed, scales = norm_forward(y, z, norm_weight, n_groups, eps)
         weights = conv_weight, conv_bias, A_log, D, dt_bias, norm_weight
-        ctx.save_for_backward(zxbcdt, *weights, fed, y, scales, document_ids, conv_state, ssm_state)
+        normed, last, *kept = mixer_forward(zxbcdt, *weights, n_groups, eps, document_ids, conv_state, ssm_state)
+        ctx.save_for_backward(zxbcdt, *weights, *kept, document_ids, conv_state, ssm_state)
         ctx.mark_non_differentiable(last)
         return normed, last
 
     @staticmethod
     def backward(ctx, dnormed, _):
-        zxbcdt, *weights, fed, y, scales, document_ids, conv_state, ssm_state = ctx.saved_tensors
-        conv_weight, conv_bias, A_log, D, dt_bias, norm_weight = weights
-        n_groups = scales.shape[-1]
-        dzxbcdt = torch.empty(zxbcdt.shape, device=zxbcdt.device, dtype=zxbcdt.dtype)
-        z, xBC, dt_before = zxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
-        dz, dxBC, ddt_before = dzxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
-        dy, _, dnorm_weight = norm_backward(dnormed, y, z, norm_weight, scales, dz=dz)
+        return *mixer_backward(dnormed, *ctx.saved_tensors), None, None, None, None, None
 
-        dfed = torch.empty_like(fed)
-        x, B, C = by_head(fed, A_log, norm_weight, n_groups)
-        dx, dB, dC = by_head(dfed, A_log, norm_weight, n_groups)
-        dt, A = rates(dt_before, dt_bias, A_log)
-        steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
-        entering = entering_states(x, B, steps, cum, document_ids, ssm_state)
-        _, dlog, dsteps, _, _, dD, _ = scan_backward(
-            dy.view(x.shape), None, x, steps, cum, A, B, C, D.float(), document_ids, entering, dx, dB, dC
-        )
-        _, dconv_weight, dconv_bias, _ = conv_backward(
-            dfed, xBC, conv_weight, conv_bias, document_ids, conv_state, dx=dxBC
-        )
-        ddt_bias, dA_log = rates_backward(dlog, dsteps, dt_before, dt_bias, A_log, ddt_before)
-        gradients = dconv_weight, dconv_bias, dA_log, dD, ddt_bias, dnorm_weight
-        gradients = [gradient.to(weight.dtype) for gradient, weight in zip(gradients, weights, strict=True)]
-        return dzxbcdt, *gradients, None, None, None, None, None
+
+@remembered
+def mixer_forward(
+    zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, n_groups, eps, document_ids, conv_state, ssm_state
+):
+    """What mixer returns but the convolution's inputs, and what mixer_backward takes: fed, y, scales and first."""
+    z, xBC, dt = zxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
+    fed = conv_forward(xBC, conv_weight, conv_bias, document_ids, conv_state)
+    x, B, C = by_head(fed, A_log, norm_weight, n_groups)
+    dt, A = rates(dt, dt_bias, A_log)
+    first = document_starts(document_ids, BACKWARD_CHUNK)
+    y, last = scan(x, dt, A, B, C, D, document_ids, ssm_state, first=first)
+    y = y.flatten(2)
+    normed, scales = norm_forward(y, z, norm_weight, n_groups, eps)
+    return normed, last, fed, y, scales, first
+
+
+@remembered
+def mixer_backward(
+    dnormed, zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, fed, y, scales, first,
+    document_ids, conv_state, ssm_state,
+):  # fmt: skip
+    """The gradients of zxbcdt and of the six weights."""
+    n_groups = scales.shape[-1]
+    dzxbcdt = torch.empty(zxbcdt.shape, device=zxbcdt.device, dtype=zxbcdt.dtype)
+    z, xBC, dt_before = zxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
+    dz, dxBC, ddt_before = dzxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
+    dy, _, dnorm_weight = norm_backward(dnormed, y, z, norm_weight, scales, dz=dz)
+
+    dfed = torch.empty_like(fed)
+    x, B, C = by_head(fed, A_log, norm_weight, n_groups)
+    dx, dB, dC = by_head(dfed, A_log, norm_weight, n_groups)
+    dt, A = rates(dt_before, dt_bias, A_log)
+    steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
+    entering = entering_states(x, B, steps, cum, document_ids, ssm_state, first=first)
+    _, dlog, dsteps, _, _, dD, _ = scan_backward(
+        dy.view(x.shape), None, x, steps, cum, A, B, C, D, document_ids, entering, dx, dB, dC
+    )
+    _, dconv_weight, dconv_bias, _ = conv_backward(
+        dfed, xBC, conv_weight, conv_bias, document_ids, conv_state, dx=dxBC
+    )
+    ddt_bias, dA_log = rates_backward(dlog, dsteps, dt_before, dt_bias, A_log, ddt_before)
+    weights = conv_weight, conv_bias, A_log, D, dt_bias, norm_weight
+    gradients = dconv_weight, dconv_bias, dA_log, dD, ddt_bias, dnorm_weight
+    return dzxbcdt, *(gradient.to(weight.dtype) for gradient, weight in zip(gradients, weights, strict=True))
 
 
 def widths(conv_weight, A_log, norm_weight):
@@ -97,8 +115,19 @@ def rates(dt, dt_bias, A_log):
     steps = torch.empty(b, l, h, device=dt.device, dtype=torch.float32)
     A = torch.empty(h, device=dt.device, dtype=torch.float32)
     with torch.cuda.device_of(dt):
-        _scan_rates_kernel[(triton.cdiv(b * l, BLOCK_T),)](
-            dt, dt_bias, A_log, steps, A, b * l, h, dt.stride(0), BLOCK_T, triton.next_power_of_2(h)
+        launch(
+            _scan_rates_kernel,
+            (triton.cdiv(b * l, BLOCK_T),),
+            dt,
+            dt_bias,
+            A_log,
+            steps,
+            A,
+            b * l,
+            h,
+            dt.stride(0),
+            BLOCK_T,
+            triton.next_power_of_2(h),
         )
     return steps, A
 
@@ -112,7 +141,8 @@ def rates_backward(dlog, dsteps, dt, dt_bias, A_log, ddt):
     dt, ddt = in_rows(dt), ddt.flatten(0, 1)
     sums = torch.empty(programs, 2, h, device=dt.device, dtype=torch.float32)
     with torch.cuda.device_of(dt):
-        _scan_rates_backward_kernel[(programs,)](
+        launch(
+            _scan_rates_backward_kernel, (programs,),
             dlog, dsteps, dt, dt_bias, A_log, ddt, sums, b * l, h, dt.stride(0), ddt.stride(0),
             BLOCK_T, triton.next_power_of_2(h),
         )  # fmt: skip

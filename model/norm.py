@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.launching import launch, remembered
 from model.tiles import by_rows
 
 TILE = 2048  # elements that a program holds at a time: one row, or several short ones
@@ -33,18 +34,7 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, update, weight, eps, multiplier):
         ctx.set_materialize_grads(False)
-        rows = as_rows(x)
-        n, d = rows.shape[0] * rows.shape[1], x.shape[-1]
-        y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-        scales = torch.empty(n, device=x.device, dtype=torch.float32)
-        total = x if update is None else torch.empty_like(y)
-        added = None if update is None else flat(update)
-        tile = tile_of(d)
-        with torch.cuda.device_of(x):
-            _norm_forward_kernel[(triton.cdiv(n, tile["ROWS"]),)](
-                rows, added, weight, total, y, scales, n, rows.shape[1], d, eps, multiplier, *rows.stride()[:2],
-                0 if added is None else added.stride(0), ADD=update is not None, **tile,
-            )  # fmt: skip
+        total, y, scales = norm_forward(x, update, weight, eps, multiplier)
         ctx.save_for_backward(total, weight, scales)
         ctx.multiplier = multiplier
         return total, y
@@ -59,6 +49,26 @@ class Norm(torch.autograd.Function):
         return dx, dupdate, dweight, None, None
 
 
+@remembered
+def norm_forward(x, update, weight, eps, multiplier):
+    """The sum, its norm, and 1 / rms of each row."""
+    rows = as_rows(x)
+    n, d = rows.shape[0] * rows.shape[1], x.shape[-1]
+    y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    scales = torch.empty(n, device=x.device, dtype=torch.float32)
+    total = x if update is None else torch.empty_like(y)
+    added = None if update is None else flat(update)
+    tile = tile_of(d)
+    with torch.cuda.device_of(x):
+        launch(
+            _norm_forward_kernel, (triton.cdiv(n, tile["ROWS"]),),
+            rows, added, weight, total, y, scales, n, rows.shape[1], d, eps, multiplier, *rows.stride()[:2],
+            0 if added is None else added.stride(0), ADD=update is not None, **tile,
+        )  # fmt: skip
+    return total, y, scales
+
+
+@remembered
 def norm_backward(x, weight, scales, dy, dtotal):
     """Gradients of x, dtotal (if any) added, and of the weight."""
     rows, dy = as_rows(x), flat(dy)
@@ -70,7 +80,8 @@ def norm_backward(x, weight, scales, dy, dtotal):
     programs = min(PROGRAMS_PER_SM * multiprocessors(x.device), triton.cdiv(n, tile["ROWS"]))
     dweights = torch.empty(programs, d, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _norm_backward_kernel[(programs,)](
+        launch(
+            _norm_backward_kernel, (programs,),
             rows, weight, scales, dy, dtotal, dx, dweights, n, rows.shape[1], d, *rows.stride()[:2], dy.stride(0),
             0 if dtotal is None else dtotal.stride(0), ADD=dtotal is not None, STAGES=ahead + 1, **tile,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.launching import launch, remembered
 from model.tiles import by_rows
 
 HEADS, WARPS = 16, 1  # heads of a token that a program turns: its angles are worked out once for all of them
@@ -23,13 +24,14 @@ class Rotary(torch.autograd.Function):
     def forward(ctx, x, positions, frequencies, magnitude):
         ctx.save_for_backward(positions, frequencies)
         ctx.magnitude = magnitude
-        return turn(x, positions, frequencies, magnitude, BACKWARD=False)
+        return turn(x, positions, frequencies, magnitude, False)
 
     @staticmethod
     def backward(ctx, dy):
-        return turn(dy, *ctx.saved_tensors, ctx.magnitude, BACKWARD=True), None, None, None
+        return turn(dy, *ctx.saved_tensors, ctx.magnitude, True), None, None, None
 
 
+@remembered
 def turn(x, positions, frequencies, magnitude, BACKWARD):
     """x (b, l, h, p), rotated forth or back."""
     b, l, h, p = x.shape
@@ -37,7 +39,8 @@ def turn(x, positions, frequencies, magnitude, BACKWARD):
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     heads = min(HEADS, triton.next_power_of_2(h))
     with torch.cuda.device_of(x):
-        _rotary_kernel[(b * l, triton.cdiv(h, heads))](
+        launch(
+            _rotary_kernel, (b * l, triton.cdiv(h, heads)),
             x, positions, frequencies, y, l, h, p // 2, magnitude, *x.stride()[:3], *positions.expand(b, l).stride(),
             BACKWARD=BACKWARD, HEADS=heads, PAIRS=triton.next_power_of_2(p // 2), num_warps=WARPS,
         )  # fmt: skip

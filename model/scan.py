@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.launching import launch
 from model.scan_backward import scan_backward
 from model.tiles import has_copy_engine, load_tile, store_tile, tiles
 
@@ -51,14 +52,14 @@ class Scan(torch.autograd.Function):
         return dx, ddt, dA, dB, dC, dD, None, None if initial_state is None else dinitial.mT
 
 
-def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
-    """reference.ssd without gradients. dt, A and D in float32."""
+def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None, first=None):
+    """reference.ssd without gradients. dt and A in float32. first: document_starts, if they are at hand."""
     b, l, h, p = x.shape
     n = B.shape[-1]
     plan = plan or plan_for(x, n)
     chunk, block_p, block_n = plan.chunk, plan.block_p, padded(n)
     keys, cum = decays(dt, A, chunk, document_ids, keys=True)
-    first = document_starts(document_ids, chunk)
+    first = document_starts(document_ids, chunk, first)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last = torch.empty(b, h, n, p, device=x.device, dtype=torch.float32)
     x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan.copies)
@@ -68,7 +69,8 @@ def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
     (keys_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan.copies) for t in (keys, cum))
     first_in, first_strides = (None, None) if first is None else tiles(first[:, None], 1, chunk, plan.copies)
     with torch.cuda.device_of(x):
-        _scan_kernel[(b * h, triton.cdiv(p, block_p))](
+        launch(
+            _scan_kernel, (b * h, triton.cdiv(p, block_p)),
             x_in, B_in, C_in, y_out, keys_in, cum_in, first_in,
             x_strides, B_strides, C_strides, y_strides, chunk_strides, first_strides,
             D.contiguous(), cum, first, contiguous_float(initial_state), last, l, h, h // B.shape[2], keys.shape[2],
@@ -78,20 +80,21 @@ def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None):
     return y, last
 
 
-def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, plan=None):
-    """The state at the start of each chunk of `decays`, (b, c, h, p, n) in x's dtype."""
+def entering_states(x, B, steps, cum, document_ids=None, initial_state=None, plan=None, first=None):
+    """The state at the start of each chunk of `decays`, (b, c, h, p, n) in x's dtype. first: as scan's."""
     b, l, h, p = x.shape
     n, (n_chunks, chunk) = B.shape[-1], steps.shape[2:]
     plan = plan or plan_for(x, n, chunk)
     block_p, block_n = plan.block_p, padded(n)
-    first = document_starts(document_ids, chunk)
+    first = document_starts(document_ids, chunk, first)
     entering = torch.empty(b, n_chunks, h, p, n, device=x.device, dtype=x.dtype)
     x_in, x_strides = tiles(x.transpose(1, 2), chunk, block_p, plan.copies)
     B_in, B_strides = tiles(B.transpose(1, 2), chunk, block_n, plan.copies)
     entering_out, entering_strides = tiles(entering.flatten(0, 1), block_p, block_n, plan.copies)
     (steps_in, chunk_strides), (cum_in, _) = (tiles(t, 1, chunk, plan.copies) for t in (steps, cum))
     with torch.cuda.device_of(x):
-        _scan_entering_kernel[(b * h, triton.cdiv(p, block_p))](
+        launch(
+            _scan_entering_kernel, (b * h, triton.cdiv(p, block_p)),
             x_in, B_in, entering_out, steps_in, cum_in, x_strides, B_strides, entering_strides, chunk_strides,
             cum, first, contiguous_float(initial_state), l, h, h // B.shape[2], n_chunks,
             P=p, N=n, Q=chunk, BLOCK_P=block_p, BLOCK_N=block_n, STAGES=plan.stages, num_warps=plan.warps,
@@ -150,7 +153,8 @@ def decays(dt, A, chunk, document_ids, keys=False):
     steps = torch.empty(b, h, n_chunks, chunk, device=dt.device, dtype=torch.float32)
     cum = torch.empty_like(steps)
     with torch.cuda.device_of(dt):
-        _scan_decays_kernel[(b * n_chunks, triton.cdiv(h, block_h))](
+        launch(
+            _scan_decays_kernel, (b * n_chunks, triton.cdiv(h, block_h)),
             dt, A, document_ids, steps, cum, l, h, n_chunks, chunk, *dt.stride(),
             PACKED=document_ids is not None, KEYS=keys, BLOCK_H=block_h, BLOCK_Q=triton.next_power_of_2(chunk),
         )  # fmt: skip
@@ -197,18 +201,21 @@ def _scan_decays_kernel(
     tl.store(cum_ptr + out, cum, mask=mask)
 
 
-def document_starts(document_ids, chunk):
+def document_starts(document_ids, chunk, first=None):
     """The place in its chunk where each position's document begins, (b, c, q) int32; -1: before the chunk.
 
     What fills up the last chunk belongs to the last document. None if the rows are one document each.
+    first: those of chunks of some length, which are returned if it is this one.
     """
-    if document_ids is None:
-        return None
+    if document_ids is None or (first is not None and first.shape[-1] == chunk):
+        return first
     b, l = document_ids.shape
     n_chunks = triton.cdiv(l, chunk)
     first = torch.empty(b, n_chunks, chunk, device=document_ids.device, dtype=torch.int32)
     with torch.cuda.device_of(first):
-        _scan_starts_kernel[(b * n_chunks,)](document_ids.contiguous(), first, l, n_chunks, Q=chunk, num_warps=1)
+        launch(
+            _scan_starts_kernel, (b * n_chunks,), document_ids.contiguous(), first, l, n_chunks, Q=chunk, num_warps=1
+        )
     return first
 
 
@@ -259,7 +266,7 @@ def _scan_kernel(
     row = tl.program_id(0).to(tl.int64)
     n, q = tl.arange(0, BLOCK_N), tl.arange(0, Q)
     causal = q[:, None] >= q[None, :]
-    D = tl.load(D_ptr + head)
+    D = tl.load(D_ptr + head).to(tl.float32)
     cum_ptr += row * n_chunks * Q
     if first_ptr is not None:
         first_ptr += b.to(tl.int64) * n_chunks * Q

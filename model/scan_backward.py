@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.launching import launch
 from model.tiles import has_copy_engine, load_tile, store_tile, tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -45,8 +46,8 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     chunk, padded_l = cum.shape[3], cum.shape[2] * cum.shape[3]
-    launch = plan(b, l, h, p, g, n, chunk, x.dtype, x.device)
-    block, block_n, tiles_p = launch.block, max(16, triton.next_power_of_2(n)), triton.cdiv(p, launch.block_p)
+    chosen = plan(b, l, h, p, g, n, chunk, x.dtype, x.device)
+    block, block_n, tiles_p = chosen.block, max(16, triton.next_power_of_2(n)), triton.cdiv(p, chosen.block_p)
     n_blocks = triton.cdiv(l, block)
     new = partial(torch.empty, device=x.device, dtype=torch.float32)
     dx, dB, dC = (
@@ -58,43 +59,49 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
     kept, own, dinitial = new(b, h, tiles_p, n_blocks), new(b, n_blocks, g, block), new(b, h, p, n)
     dlog, dsteps, dD = new(b, l, h), new(b, l, h), new(b * n_blocks, h)
     # Programs that share a block leave their sums of dB and dC to add up.
-    dBs = dB[None] if launch.splits == 1 else new(launch.splits, *dB.shape)
-    dCs = new(2 * launch.splits, *dC.shape)
+    dBs = dB[None] if chosen.splits == 1 else new(chosen.splits, *dB.shape)
+    dCs = new(2 * chosen.splits, *dC.shape)
     dy, entering = dy.contiguous(), entering.contiguous()
     if document_ids is not None:
         document_ids = document_ids.contiguous()
     if dlast is not None:
         dlast = dlast.float().contiguous()
     settings = dict(CHUNK=chunk, BLOCK=block, PACKED=document_ids is not None)
-    products = dict(P=p, N=n, BLOCK_P=launch.block_p, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32")
+    products = dict(P=p, N=n, BLOCK_P=chosen.block_p, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32")
     with torch.cuda.device_of(x):
         # (b, h, l, p) and the like, in tiles of the last two
-        split = partial(tiles, copies=launch.copies)
-        x_in, dy_in, dx_out = (split(t.transpose(1, 2), block, launch.block_p) for t in (x, dy, dx))
+        split = partial(tiles, copies=chosen.copies)
+        x_in, dy_in, dx_out = (split(t.transpose(1, 2), block, chosen.block_p) for t in (x, dy, dx))
         B_in, C_in = (split(t.transpose(1, 2), block, block_n) for t in (B, C))
-        entering_in, dstates_in = (split(t.flatten(0, 1), launch.block_p, block_n) for t in (entering, dstates))
+        entering_in, dstates_in = (split(t.flatten(0, 1), chosen.block_p, block_n) for t in (entering, dstates))
         (steps_in, _), cum_in = (split(t.view(b, h, -1, block), 1, block) for t in (steps, cum))
-        narrow = launch.states_block_n
-        _scan_backward_states_kernel[(b * h * triton.cdiv(n, narrow), tiles_p)](
+        narrow = chosen.states_block_n
+        launch(
+            _scan_backward_states_kernel, (b * h * triton.cdiv(n, narrow), tiles_p),
             *dy_in, *split(C.transpose(1, 2), block, narrow), *cum_in,
-            *split(dstates.flatten(0, 1), launch.block_p, narrow), dlast, cum, document_ids, dinitial,
-            l, h, n_blocks, padded_l, h // g, BLOCK_N=narrow, LAST=dlast is not None, STAGES=launch.states_stages,
-            num_warps=launch.states_warps, **settings, **products,
+            *split(dstates.flatten(0, 1), chosen.block_p, narrow), dlast, cum, document_ids, dinitial,
+            l, h, n_blocks, padded_l, h // g, BLOCK_N=narrow, LAST=dlast is not None, STAGES=chosen.states_stages,
+            num_warps=chosen.states_warps, **settings, **products,
         )  # fmt: skip
-        _scan_backward_blocks_kernel[(2 * b * n_blocks, g, launch.splits)](
+        launch(
+            _scan_backward_blocks_kernel, (2 * b * n_blocks, g, chosen.splits),
             *x_in, *dy_in, *B_in, *C_in, *entering_in, *dstates_in, steps_in, *cum_in, *dx_out,
             steps, cum, D, document_ids, dBs, dCs, own, sums, reached, kept,
-            l, h, n_blocks, padded_l, h // g, h // g // launch.splits, *dBs.stride()[:4], *dCs.stride()[:4],
-            BLOCK_N=block_n, STAGES=launch.stages, num_warps=launch.warps, **settings, **products,
+            l, h, n_blocks, padded_l, h // g, h // g // chosen.splits, *dBs.stride()[:4], *dCs.stride()[:4],
+            BLOCK_N=block_n, STAGES=chosen.stages, num_warps=chosen.warps, **settings, **products,
         )  # fmt: skip
         block_h = min(16, triton.next_power_of_2(h))
-        _scan_backward_decays_kernel[(b * n_blocks, triton.cdiv(h, block_h))](
+        launch(
+            _scan_backward_decays_kernel, (b * n_blocks, triton.cdiv(h, block_h)),
             sums, reached, kept, own, steps, cum, document_ids, dlog, dsteps, dD,
             l, h, g, n_blocks, padded_l, TILES=tiles_p, BLOCK_H=block_h, **settings,
         )  # fmt: skip
-    if launch.splits > 1:
+    if chosen.splits > 1:
         dB.copy_(dBs.sum(0))
-    dC.copy_(dCs.sum(0))
+    if len(dCs) == 2:
+        torch.add(*dCs, out=dC)  # rounded as it is written: one pass
+    else:
+        dC.copy_(dCs.sum(0))
     return dx, dlog, dsteps, dB, dC, dD.sum(0), dinitial
 
 
@@ -270,7 +277,9 @@ def _scan_backward_blocks_kernel(
             fed, product = tl.reduce((dx * xs, xs * dys), 1, _add)
             tl.store(sums_ptr + to, fed)
             tl.store(sums_ptr + to + BLOCK, product)
-            dx = dx * (steps * reach_out)[:, None] + dys * (tl.load(D_ptr + head) + own * steps)[:, None]
+            dx = (
+                dx * (steps * reach_out)[:, None] + dys * (tl.load(D_ptr + head).to(tl.float32) + own * steps)[:, None]
+            )
             bits = cum * LOG2E
             decay = tl.exp2(tl.minimum(bits[None, :] - bits[:, None], 0.0))  # as _exp, with fewer products
             dx = tl.dot((later * decay * steps[:, None]).to(dy.dtype), dy, dx, input_precision=PRECISION)

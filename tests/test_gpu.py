@@ -302,18 +302,14 @@ with_fp8 = pytest.mark.skipif(bool(fp8.why_not_fp8()), reason=str(fp8.why_not_fp
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def on_kernels_and_twin(name, make):
-    """{what is written: (the kernel's, the twin's)}; make() gives what is written to and the other arguments."""
+def on_kernels_and_twin(name, seen, *args):
+    """[(the kernel's, its twin's)] of what they return, and last of the largest magnitude that they have seen."""
     results = []
     for kernels in ("model.fp8_kernels", "model.fp8_reference"):
-        written, others = make()
-        getattr(import_module(kernels), name)(**written, **others)
-        results.append(written)
-    return {key: (results[0][key], results[1][key]) for key in results[0]}
-
-
-def filled(*shape, dtype):
-    return torch.zeros(shape, dtype=torch.uint8, device="cuda").view(dtype)
+        own = seen.clone()
+        result = getattr(import_module(kernels), name)(*(own if arg is seen else arg for arg in args))
+        results.append([*(result if isinstance(result, tuple) else (result,)), own])
+    return list(zip(*results, strict=True))
 
 
 def bits(x):
@@ -331,17 +327,14 @@ def test_cast_to_8_bits_equals_its_twin(shape, wanted, dtype):
     if n > 16:
         x[20, 8], x[21, 9], x[22, 10] = torch.nan, torch.inf, -torch.inf
 
-    def make():
-        out, turned = filled(n, m + 32, dtype=wanted)[:, 16:-16], filled(m + 16, n, dtype=wanted)[16:]
-        return {"out": out, "turned": turned, "seen": draw(1)[0] * 0}, {"x": x, "scale": draw(1)[0] * 0 + 2}
-
-    found = on_kernels_and_twin("cast", make)
-    for key in ("out", "turned"):
-        got, want = found[key]
-        nan = want.float().isnan()
-        assert torch.equal(got.float().isnan(), nan)
-        assert torch.equal(bits(got)[~nan], bits(want)[~nan])
-    assert torch.equal(*found["seen"])
+    zero = draw(1)[0] * 0
+    for dim, parts in ((0, [x]), (0, [x[:16], x]), (1, [x[:, :16], x])):
+        *written, seen = on_kernels_and_twin("cast", zero, zero + 2, zero, wanted, dim, *parts)
+        for got, want in written:
+            nan = want.float().isnan()
+            assert torch.equal(got.float().isnan(), nan)
+            assert torch.equal(bits(got)[~nan], bits(want)[~nan])
+        assert torch.equal(*seen)
 
 
 @with_fp8
@@ -352,22 +345,15 @@ def test_swiglu_in_8_bits_equals_its_twin(shape, dtype):
     gate_up, dh = draw(n, 2 * f, dtype=dtype, scale=3.0), draw(n, f, dtype=dtype, seed=1)
     gate_up[2, 3], gate_up[2, f + 3] = -200.0, 30.0
     scale, zero = draw(1)[0] * 0 + 8, draw(1)[0] * 0
-
-    def forward():
-        return {"out": filled(n, f, dtype=E4M3), "seen": zero.clone()}, {"gate_up": gate_up, "scale": scale}
-
-    def backward():
-        turned = {"h_turned": filled(f, n, dtype=E4M3), "turned": filled(2 * f, n, dtype=E5M2)}
-        written = turned | {"out": filled(n, 2 * f, dtype=E5M2), "seen": zero.clone()}
-        return written, {"dh": dh, "gate_up": gate_up, "h_scale": scale, "scale": scale * 64}
-
-    there, back = on_kernels_and_twin("swiglu", forward), on_kernels_and_twin("swiglu_backward", backward)
-    for got, want in (*there.values(), *back.values()):
+    there = on_kernels_and_twin("swiglu", zero, gate_up, scale, zero, E4M3)
+    back = on_kernels_and_twin("swiglu_backward", zero, dh, gate_up, scale, scale * 64, zero, E4M3, E5M2)
+    for got, want in (*there, *back):
         # where the sigmoid's last bit differs, a value may round the other way
         assert got.dim() == 0 or (got.float() != want.float()).float().mean() < 0.01
         torch.testing.assert_close(got.float(), want.float(), rtol=0.26, atol=1e-3)
-    assert torch.equal(bits(back["h_turned"][0]).t(), bits(there["out"][0]))
-    assert torch.equal(bits(back["out"][0]).t(), bits(back["turned"][0]))
+    (h, _), (h_turned, _), (d, _), (d_turned, _) = there[0], *back[:3]
+    assert torch.equal(bits(h_turned).t(), bits(h))
+    assert torch.equal(bits(d).t(), bits(d_turned))
 
 
 @with_fp8

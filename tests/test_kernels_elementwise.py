@@ -13,9 +13,10 @@ import pytest
 import torch
 from random_models import SHAPE, random_tokens, sharpened
 
-from model import reference
+from model import fused, reference
 from model.cross_entropy import _cross_entropy_kernel, cross_entropy
 from model.gating import sigmoid_gate, swiglu
+from model.layers import as_one
 from model.norm import add_rms_norm, rms_norm
 from model.rotary import rotary
 
@@ -184,3 +185,46 @@ def test_gradient_of_the_logits_in_bfloat16_is_that_of_their_mean_loss():
     losses, count = torch.empty(6), torch.tensor(5)
     _cross_entropy_kernel[(6,)](logits, targets, count, losses, 300, 300, -100, 0.0, WITH_GRADIENTS=True, BLOCK=128)
     torch.testing.assert_close(logits.float(), leaf.grad, rtol=2**-7, atol=1e-9)
+
+
+def matrices(layout, widths=(8, 24, 16), k=16):
+    """Weights, each in memory of its own, or behind each other as DeepSpeed lays them, or so but with a gap."""
+    weights = [draw(width, k, seed=width) for width in widths]
+    if layout == "apart":
+        return weights
+    gap = 16 if layout == "with a gap" else 0
+    flat = torch.cat([torch.cat([weight.flatten(), torch.zeros(gap)]) for weight in weights])
+    starts = [sum(widths[:i]) * k + i * gap for i in range(len(widths))]
+    return [flat[at : at + weight.numel()].view_as(weight) for at, weight in zip(starts, weights, strict=True)]
+
+
+@pytest.mark.parametrize("layout", ["apart", "behind each other", "with a gap"])
+def test_matrices_behind_each_other_are_one_without_a_copy(layout):
+    weights = matrices(layout)
+    one = as_one(weights)
+    assert (one is not None) == (layout == "behind each other")
+    if one is not None:
+        assert torch.equal(one, torch.cat(weights)) and one.data_ptr() == weights[0].data_ptr()
+
+
+def test_neighbours_in_memory_of_their_own_are_not_one():
+    flat = matrices("behind each other")
+    halves = [torch.empty(0).set_(part.untyped_storage(), part.storage_offset(), part.shape) for part in flat]
+    assert as_one(halves) is not None  # one storage
+    short = torch.from_numpy(flat[0].numpy())  # ends where the next begins
+    assert short.data_ptr() == flat[0].data_ptr() and as_one([short, *flat[1:]]) is None
+
+
+@pytest.mark.parametrize("layout", ["apart", "behind each other"])
+def test_product_with_several_weights_is_that_with_all_of_them(layout):
+    x, dy = draw(2, 3, 16), draw(2, 3, 48, seed=1)
+    weights = [weight.detach().requires_grad_() for weight in matrices(layout)]
+    x.requires_grad_()
+    for inputs in ([x, *weights], weights, [x]):  # what needs a gradient
+        results = []
+        for products in (fused.products, reference.products):
+            args = [t if any(t is wanted for wanted in inputs) else t.detach() for t in (x, *weights)]
+            y = products(args[0], args[1:])
+            results.append([y, *torch.autograd.grad(y, inputs, dy)])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
