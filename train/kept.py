@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from model.config import FP8_MULTIPLE
 
 STATES_EVERY = 64  # tokens between two states that the scan's backward pass starts from (model/scan.py)
+ROWS_ADDED_UP = 64  # by a program of model/convolution.py and model/gated_norm.py
 FLASH_ROWS = 128  # FlashAttention's sums of dq have as many rows more for each document
 
 
@@ -21,7 +22,7 @@ class Operation:
     # fmt: off
     name: str
     keeps: float = 0      # bytes a token of the forward pass, until it has run backward
-    copies: int = 0       # bytes of its weights that are kept beside them: joined for one product, or in 8 bits
+    copies: int = 0       # bytes of its weights that are kept beside them, in 8 bits
     takes: float          # bytes a token of the gradients that are there when it begins, also of those that wait
     gives: float          # bytes a token of the gradients that it makes
     work: float = 0       # bytes a token that it holds besides
@@ -42,14 +43,14 @@ def norm(model, element):
 
 
 def product(model, name, d_in, widths, element, fp8, keeps=True):
-    """A product with one or several weights joined. keeps: whether its input is kept by nothing else."""
+    """A product with one or several weights. keeps: whether its input is kept by nothing else."""
     stream, d_out = element * model.d_model, sum(widths)
     n = d_in * d_out
     takes = stream + (element * d_out if name == "in_proj" else 0)  # out_proj's is the stream's gradient itself
     node = {"name": name, "takes": takes, "gives": element * d_in, "parameters": n}
     if in_8_bits(fp8, d_in, *widths):  # input and weights turned; the gradient is cast by rows and by columns
         return Operation(**node, keeps=d_in, copies=n, work=2 * d_out)
-    return Operation(**node, keeps=element * d_in if keeps else 0, copies=element * n if len(widths) > 1 else 0)
+    return Operation(**node, keeps=element * d_in if keeps else 0)
 
 
 def in_8_bits(fp8, *widths):
@@ -61,12 +62,14 @@ def mamba_operations(model, element, fp8, document_tokens):
     widths, conv = [d_inner, d_inner, bc, bc, heads], model.d_conv_channels
     mixer = Operation(
         name="mixer",
-        # in_proj's product, the convolution's output, the scan's, and the gated norm's scales
-        keeps=element * (sum(widths) + conv + d_inner) + 4 * model.n_groups,
+        # in_proj's product, the convolution's output, the scan's; the gated norm's scales; where documents begin
+        keeps=element * (sum(widths) + conv + d_inner) + 4 * model.n_groups + 4,
         takes=element * (model.d_model + d_inner), gives=element * sum(widths),
-        # gradients of the scan's and the convolution's outputs; a state and its gradient for each chunk; in float32
-        # step sizes, decays and sums over each chunk's pairs, by head, and C's gradient in two parts and whole
-        work=element * (d_inner + conv + 2 * d_inner * model.d_state // STATES_EVERY) + 40 * heads + 12 * bc,
+        # all of it together (model/launching.py): gradients of the scan's and the convolution's outputs; a state and
+        # its gradient for each chunk; in float32 step sizes, decays and sums over each chunk's pairs, by head, C's
+        # gradient in two parts, and parts of the gradients of the convolution's and the gated norm's weights
+        work=element * (d_inner + conv + 2 * d_inner * model.d_state // STATES_EVERY) + 40 * heads + 8 * bc
+        + 4 * ((model.d_conv + 1) * conv + d_inner) / ROWS_ADDED_UP,
         parameters=conv * (model.d_conv + 1) + 3 * heads + d_inner,
     )  # fmt: skip
     return [
