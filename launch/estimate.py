@@ -94,8 +94,8 @@ def make_request(flags):
         size=flags.size, model=model, tokens=flags.tokens or TOKENS_A_PARAMETER * model.n_parameters, gpu=gpu,
         n_gpus=flags.gpus or (None if searching else 8), batch_tokens=flags.batch_tokens,
         micro_batch=flags.micro_batch, zero_file=flags.ds_config, recompute=flags.recompute,
-        optimizer=flags.optimizer, fp8=flags.fp8, document_tokens=flags.document_tokens, budget=flags.budget, days=flags.days,
-        provider=flags.provider, spot=flags.spot,
+        optimizer=flags.optimizer, fp8=flags.fp8, document_tokens=flags.document_tokens, budget=flags.budget,
+        days=flags.days, provider=flags.provider, spot=flags.spot,
     )  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def micro_batch_time(setup, c):
 def launch_time(setup, c):
     """Seconds that Python needs to start a micro-batch's kernels: the least a micro-batch can take."""
     model, ms = setup.model, {"M": c["launch_mamba_ms"], "A": c["launch_attention_ms"]}
-    total = sum(ms[kind] for kind in model.layer_pattern)
+    total = sum(ms[kind] for kind in model.layer_pattern) + setup.fp8 * model.n_layers * c["launch_fp8_ms"]
     if setup.recompute == "layer":
         total *= 1 + c["launch_again"]
     weights = sum(WEIGHTS[kind] + (4 if model.d_ff else 0) for kind in model.layer_pattern)
@@ -194,9 +194,10 @@ def communication(setup, c):
 def gradient_time(setup, c):
     """Seconds that DeepSpeed takes of the GPU for a micro-batch's gradients, without communication.
 
-    Bytes a parameter, read and written. Stage 1 (train/engine.py): added up in float32 10. Stage 2 (stage_1_and_2.py): into the bucket 4, divided 4, laid end to end 4, to float32 6 and back 6, of
-    a process's own part added 12 and back into the bucket 6. Stage 3 (stage3.py): into the bucket in float32 6, laid
-    end to end 8, divided 8, its own part cut out 8 and added 12.
+    Bytes a parameter, read and written. Stage 1 (train/engine.py): added up in float32 10. Stage 2
+    (stage_1_and_2.py): into the bucket 4, divided 4, laid end to end 4, to float32 6 and back 6, of a process's own
+    part added 12 and back into the bucket 6. Stage 3 (stage3.py): into the bucket in float32 6, laid end to end 8,
+    divided 8, its own part cut out 8 and added 12.
     """
     whole, own = {0: (12, 0), 1: (10, 0), 2: (24, 18), 3: (22, 20)}[setup.zero.stage]
     p = setup.model.n_parameters

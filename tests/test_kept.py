@@ -161,7 +161,7 @@ def test_a_backward_pass_holds_what_is_counted(name, in_8_bits, monkeypatch):
     most = max(alive + workspace for alive, workspace, _ in moments)
     if name.startswith("mamba"):
         config = layer.mixer.config
-        most += 2 * 4 * config.d_inner * config.d_state  # gradients of a row's last and first state, however long it is
+        most += 2 * 4 * config.d_inner * config.d_state  # gradients of a row's first and last state
     assert most == pytest.approx(allocated.most, rel=0.03)
 
 

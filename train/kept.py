@@ -1,9 +1,9 @@
 """What a layer's operations keep for the backward pass and hold while it runs, read from model/. Needs no torch.
 
-for operation in layer_operations(model, "M"): ...   # in the order of the forward pass; backward comes the last first
+layer_operations(model, "M")[-1].keeps   # bytes a token; in the order of the forward pass
 
-The kernels are model/fused.py's; attention is FlashAttention's of PyTorch (varlen_attn). A test counts each operation's
-bytes against what autograd keeps of the kernels themselves.
+The kernels are those of model/fused.py; attention is PyTorch's FlashAttention (varlen_attn). tests/test_kept.py counts
+the bytes that autograd keeps of these kernels and that their backward passes allocate.
 """
 
 from dataclasses import dataclass
