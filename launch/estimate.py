@@ -124,7 +124,7 @@ def describe(request, choice, data):
         "mfu": choice.mfu, "tokens": request.tokens, "days": choice.days, "gpu_hours": choice.gpu_hours,
         "dollars": choice.dollars, "price": choice.price,
         "dollars_by_offer": {
-            f"{p['provider']}, {p['kind']}": choice.gpu_hours * p["dollars_per_gpu_hour"] for p in offers
+            f"{p['provider']}, {p['kind']}, {p['date']}": choice.gpu_hours * p["dollars_per_gpu_hour"] for p in offers
         },
         "range": {
             "days": [choice.days * low, choice.days * high],

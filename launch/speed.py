@@ -133,6 +133,8 @@ def micro_batch_time(setup, c):
         n = model.layer_pattern.count(kind)
         for operation, (ahead, back) in layer_work(model, kind, setup.document_tokens, setup.fp8, c).items():
             times[operation] += n * tokens * (forward * ahead + back) / rate(operation, gpu, c)
+            if operation == "scan":  # a program walks through a row's head; the last of them leave the GPU half empty
+                times[operation] *= 1 + c["scan_programs"] / (setup.micro_batch * model.n_mamba_heads)
         times["element-wise"] += n * forward * weight_traffic(model, kind, setup.fp8) / rate("element-wise", gpu, c)
     d, v = model.d_model, model.vocab_size
     times["loss"] = 6 * d * v * tokens / rate("products", gpu, c)
