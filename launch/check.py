@@ -7,7 +7,7 @@ import argparse
 import sys
 from dataclasses import replace
 
-from launch.plan import Request, memory_of, rank, scaling, zero_settings
+from launch.plan import SCALING_FILES, Request, memory_of, rank, scaling, zero_settings
 from launch.speed import Setup, measured, step_time
 from model.config import ModelConfig, get_preset
 from train.hardware import GPUS
@@ -104,14 +104,14 @@ def scaling_rows():
     """Rates a GPU from one node to 1,024 GPUs, of the two SCALED."""
     pairs = [scaling(Request(size=s, model=get_preset(s), tokens=1e12), GPUS[g]) for s, g in SCALED]
     pairs = [[row for row in rows if row["gpus"] >= 8] for rows in pairs]
-    heads = " | ".join(f"{s}, {g}: zero2 | zero3 | zero3_hpz | efficiency" for s, g in SCALED)
+    heads = " | ".join(f"{s}, {g}: {' | '.join(SCALING_FILES)} | efficiency" for s, g in SCALED)
     yield f"| GPUs | tokens a step | {heads} |"
-    yield "|---:|---:|" + "---:|---:|---:|---|" * len(SCALED)
+    yield "|---:|---:|" + ("---:|" * len(SCALING_FILES) + "---|") * len(SCALED)
     for together in zip(*pairs, strict=True):
         cells = []
         for row, first in zip(together, (rows[0] for rows in pairs), strict=True):
             rates = row["tokens_per_s_per_gpu"]
-            cells += [f"{rates[f]:,.0f}" if rates[f] else "no" for f in ("zero2", "zero3", "zero3_hpz")]
+            cells += [f"{rates[f]:,.0f}" if rates[f] else "no" for f in SCALING_FILES]
             cells.append(f"{row['efficiency'] / first['efficiency']:.0%}, {row['best']}")
         yield f"| {together[0]['gpus']:,} | {together[0]['batch_tokens']:,} | " + " | ".join(cells) + " |"
 
