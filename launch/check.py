@@ -7,11 +7,11 @@ import argparse
 import sys
 from dataclasses import replace
 
-from launch.plan import Request, rank, scaling, zero_settings
+from launch.plan import SCALING_FILES, Request, memory_of, rank, scaling, zero_settings
 from launch.speed import Setup, measured, step_time
 from model.config import ModelConfig, get_preset
 from train.hardware import GPUS
-from train.memory import GIB, peak_memory
+from train.memory import GIB
 
 MEMORY_WITHIN, TIME_WITHIN, PUBLISHED_WITHIN = 0.05, 0.10, 0.25
 SCALED = (("6.7B", "h100"), ("13B", "a100-80"))
@@ -21,23 +21,17 @@ TOKENS_A_GPU = 32768  # in a step, of published figures: an assumption, as most 
 def setup_of(point):
     """The Setup of one of measurements.json's points."""
     model = replace(get_preset(point["size"], seq_len=point["seq_len"]), vocab_size=point["vocab_size"])
-    training = point["mode"] == "training"
-    documents = point.get("document_tokens") or point["seq_len"] / point["documents_a_row"]
     return Setup(
-        model=model, gpu=GPUS[point["gpu"]], n_gpus=point.get("n_gpus", 1), micro_batch=point["micro_batch"],
-        grad_accum=point.get("grad_accum", 1), zero=zero_settings(point["zero_file"]) if training else None,
-        recompute=point["recompute"], optimizer=point.get("optimizer", "adamw"), document_tokens=documents,
+        model=model, gpu=GPUS[point["gpu"]], n_gpus=point["n_gpus"], micro_batch=point["micro_batch"],
+        grad_accum=point["grad_accum"], zero=zero_settings(point["zero_file"]), recompute=point["recompute"],
+        optimizer=point["optimizer"], fp8=point["fp8"], document_tokens=point["document_tokens"],
     )  # fmt: skip
 
 
 def compare(point):
     """(predicted GiB, its error; predicted ms, its error) of a point; an error is None where it does not count."""
     setup = setup_of(point)
-    parts = peak_memory(
-        setup.model, world_size=setup.n_gpus, micro_batch=setup.micro_batch, zero=setup.zero,
-        recompute=setup.recompute, optimizer=setup.optimizer, packed=point.get("documents_a_row") != 1,
-    )  # fmt: skip
-    gib, ms = sum(parts.values()) / GIB, sum(step_time(setup).values()) * 1e3
+    gib, ms = sum(memory_of(setup).values()) / GIB, sum(step_time(setup).values()) * 1e3
     counts = point["use"] == "checks"
     return gib, gib / point["peak_gib"] - 1, ms, ms / point["step_ms"] - 1 if counts else None
 
@@ -51,7 +45,7 @@ def predict_published(figure):
     model = published_model(figure["model"], figure["seq_len"])
     request = Request(
         size="6.7B", model=model, tokens=1e9, recompute=figure["recompute"], document_tokens=figure["seq_len"],
-        batch_tokens=figure["n_gpus"] * TOKENS_A_GPU,
+        batch_tokens=figure["n_gpus"] * TOKENS_A_GPU, others=True,
     )  # fmt: skip
     fitting, _ = rank(request, GPUS[figure["gpu"]], figure["n_gpus"])
     return fitting[0].tokens_per_s / figure["n_gpus"] if fitting else None
@@ -62,18 +56,15 @@ def mark(error, limit):
 
 
 def point_rows():
-    yield "| point | size | rows x tokens | step | GiB | planner | | ms | planner | |"
-    yield "|---|---|---|---|---:|---:|---|---:|---:|---|"
+    yield "| size | rows x tokens | step | GiB | planner | | ms | planner | |"
+    yield "|---|---|---|---:|---:|---|---:|---:|---|"
     for point in measured()["points"]:
         gib, memory_error, ms, time_error = compare(point)
-        step = f"recompute {point['recompute']}"
-        if point["mode"] == "training":
-            step = f"{point['zero_file']}, {point['optimizer']}, {step}, x {point['grad_accum']}"
-        timed = {"checks": mark(time_error, TIME_WITHIN), "memory checks": "not counted"}.get(
-            point["use"], "calibrates"
-        )
+        step = [point["zero_file"], point["optimizer"]] + ["recomputed"] * (point["recompute"] == "layer")
+        step += ["fp8"] * point["fp8"] + [f"{point['n_gpus']} GPUs"] * (point["n_gpus"] > 1)
+        timed = mark(time_error, TIME_WITHIN) if point["use"] == "checks" else "calibrates"
         yield (
-            f"| {point['id']} | {point['size']} | {point['micro_batch']} x {point['seq_len']:,} | {step} | "
+            f"| {point['size']} | {point['micro_batch']} x {point['seq_len']:,} | {', '.join(step)} | "
             f"{point['peak_gib']} | {gib:.1f} | {mark(memory_error, MEMORY_WITHIN)} | {point['step_ms']:,.0f} | "
             f"{ms:,.0f} | {timed} |"
         )
@@ -113,14 +104,14 @@ def scaling_rows():
     """Rates a GPU from one node to 1,024 GPUs, of the two SCALED."""
     pairs = [scaling(Request(size=s, model=get_preset(s), tokens=1e12), GPUS[g]) for s, g in SCALED]
     pairs = [[row for row in rows if row["gpus"] >= 8] for rows in pairs]
-    heads = " | ".join(f"{s}, {g}: zero2 | zero3 | zero3_hpz | efficiency" for s, g in SCALED)
+    heads = " | ".join(f"{s}, {g}: {' | '.join(SCALING_FILES)} | efficiency" for s, g in SCALED)
     yield f"| GPUs | tokens a step | {heads} |"
-    yield "|---:|---:|" + "---:|---:|---:|---|" * len(SCALED)
+    yield "|---:|---:|" + ("---:|" * len(SCALING_FILES) + "---|") * len(SCALED)
     for together in zip(*pairs, strict=True):
         cells = []
         for row, first in zip(together, (rows[0] for rows in pairs), strict=True):
             rates = row["tokens_per_s_per_gpu"]
-            cells += [f"{rates[f]:,.0f}" if rates[f] else "no" for f in ("zero2", "zero3", "zero3_hpz")]
+            cells += [f"{rates[f]:,.0f}" if rates[f] else "no" for f in SCALING_FILES]
             cells.append(f"{row['efficiency'] / first['efficiency']:.0%}, {row['best']}")
         yield f"| {together[0]['gpus']:,} | {together[0]['batch_tokens']:,} | " + " | ".join(cells) + " |"
 

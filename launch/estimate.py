@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
@@ -71,6 +72,7 @@ def make_parser():
     parser.add_argument("--micro-batch", type=count, help="sequences of a GPU at a time (default: the fastest)")
     parser.add_argument("--recompute", choices=("none", "layer"), help="(default: the faster one that fits)")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: adamw)")
+    parser.add_argument("--fp8", action="store_true", help="the layers' products in 8-bit floats")
     parser.add_argument("--document-tokens", type=number, default=1024, help="mean length of a document (1024)")
     parser.add_argument("--data", default="data/eight", help="the folder in the launch command (default: data/eight)")
     parser.add_argument("--all", action="store_true", help="list every micro-batch, not the fastest ones alone")
@@ -92,8 +94,8 @@ def make_request(flags):
         size=flags.size, model=model, tokens=flags.tokens or TOKENS_A_PARAMETER * model.n_parameters, gpu=gpu,
         n_gpus=flags.gpus or (None if searching else 8), batch_tokens=flags.batch_tokens,
         micro_batch=flags.micro_batch, zero_file=flags.ds_config, recompute=flags.recompute,
-        optimizer=flags.optimizer, document_tokens=flags.document_tokens, budget=flags.budget, days=flags.days,
-        provider=flags.provider, spot=flags.spot,
+        optimizer=flags.optimizer, fp8=flags.fp8, document_tokens=flags.document_tokens, budget=flags.budget,
+        days=flags.days, provider=flags.provider, spot=flags.spot,
     )  # fmt: skip
 
 
@@ -122,7 +124,7 @@ def describe(request, choice, data):
         "mfu": choice.mfu, "tokens": request.tokens, "days": choice.days, "gpu_hours": choice.gpu_hours,
         "dollars": choice.dollars, "price": choice.price,
         "dollars_by_offer": {
-            f"{p['provider']}, {p['kind']}": choice.gpu_hours * p["dollars_per_gpu_hour"] for p in offers
+            f"{p['provider']}, {p['kind']}, {p['date']}": choice.gpu_hours * p["dollars_per_gpu_hour"] for p in offers
         },
         "range": {
             "days": [choice.days * low, choice.days * high],
@@ -329,6 +331,9 @@ def print_scaling(rows):
         rates = "".join(f"{rate:>11,.0f}" if rate else f"{'no':>11}" for rate in row["tokens_per_s_per_gpu"].values())
         best = f"  {row['best']}, {row['efficiency']:.0%}" if row["best"] else ""
         print(f"  {row['gpus']:>5} {row['batch_tokens']:>14,} {rates}{best}")
+    known = [row for row in rows if row["best"]]
+    turns = [b for a, b in pairwise([{"best": None}, *known]) if a["best"] != b["best"]]
+    print("  the fastest: " + ", ".join(f"{row['best']} from {row['gpus']}" for row in turns))
 
 
 def main(argv=None):

@@ -5,7 +5,8 @@ python -m launch.measure --gpus 2 --only zero3  # on two GPUs, those points whos
 python -m launch.check                          # then: every point beside the planner
 
 A point is a whole optimizer step through train's own engine, on random tokens in documents of 1,024: two steps to warm
-up, then the median of three. The peak is torch.cuda.max_memory_allocated(), over all of them, the largest of any rank.
+up (six with --fp8), then the median of three. The peak is torch.cuda.max_memory_allocated(), over all of them,
+the largest of any rank.
 """
 
 import argparse
@@ -16,54 +17,61 @@ import sys
 import time
 from pathlib import Path
 
-from launch.plan import ZERO_FILES
+from launch.check import setup_of
+from launch.plan import ZERO_FILES, memory_of
 from launch.speed import MEASUREMENTS
 from train.config import TrainConfig, make_config, make_plan
 from train.exit_codes import leave
 from train.hardware import gpu_of
-from train.memory import GIB, memory_needed, peak_memory, zero_of
+from train.memory import GIB, memory_needed
 
 WARM_UP, TIMED = 2, 3
-DOCUMENT_TOKENS = 1024
-VOCAB_SIZE = 50304
-GRAD_ACCUM = 2  # so that gradients are added up
-LIMIT_S = 240  # of a point; the first compiles and tunes the scan's kernels
-DEFAULTS = {"recompute": "none", "optimizer": "adamw", "zero_file": "zero2"}
-POINTS = [
+LIMIT_S = 240  # of a point; the first compiles the kernels
+DEFAULTS = {
+    "zero_file": "zero2", "recompute": "none", "optimizer": "adamw", "fp8": False, "vocab_size": 50304,
+    "document_tokens": 1024, "grad_accum": 2,  # so that gradients are added up
+}  # fmt: skip
+POINTS = [  # the first three of 1.3B set constants of Python's time
+    {"size": "1.3B", "seq_len": 8192, "micro_batch": 1, "zero_file": "zero1"},
     {"size": "1.3B", "seq_len": 8192, "micro_batch": 1},
+    {"size": "1.3B", "seq_len": 8192, "micro_batch": 1, "zero_file": "zero3"},
     {"size": "1.3B", "seq_len": 8192, "micro_batch": 4},
-    {"size": "1.3B", "seq_len": 8192, "micro_batch": 4, "recompute": "layer"},
-    {"size": "1.3B", "seq_len": 2048, "micro_batch": 8},
     {"size": "1.3B", "seq_len": 8192, "micro_batch": 2, "zero_file": "zero1"},
-    {"size": "1.3B", "seq_len": 8192, "micro_batch": 2, "zero_file": "zero3"},
     {"size": "1.3B", "seq_len": 8192, "micro_batch": 4, "zero_file": "zero3", "recompute": "layer"},
+    {"size": "1.3B", "seq_len": 2048, "micro_batch": 8},
+    {"size": "1.3B", "seq_len": 8192, "micro_batch": 4, "zero_file": "zero1", "recompute": "layer"},
+    {"size": "1.3B-gated", "seq_len": 4096, "micro_batch": 12, "zero_file": "zero1"},
+    {"size": "1.3B-gated", "seq_len": 4096, "micro_batch": 12, "zero_file": "zero1", "fp8": True},
     {"size": "1.3B-gated", "seq_len": 4096, "micro_batch": 4},
     {"size": "1.3B-gated", "seq_len": 4096, "micro_batch": 16, "recompute": "layer"},
-    {"size": "1.3B-gated", "seq_len": 4096, "micro_batch": 4, "optimizer": "adamw8bit"},
     {"size": "1.3B-gated", "seq_len": 4096, "micro_batch": 4, "optimizer": "muon"},
-    {"size": "2.7B", "seq_len": 8192, "micro_batch": 2},
-    {"size": "2.7B", "seq_len": 8192, "micro_batch": 2, "zero_file": "zero1", "recompute": "layer"},
+    {"size": "1.3B-gated", "seq_len": 4096, "micro_batch": 8, "fp8": True},
+    {"size": "1.3B-gated", "seq_len": 4096, "micro_batch": 4, "optimizer": "adamw8bit"},
+    {"size": "2.7B", "seq_len": 8192, "micro_batch": 2, "zero_file": "zero1"},
     {"size": "2.7B", "seq_len": 4096, "micro_batch": 8, "zero_file": "zero3", "recompute": "layer"},
-    {"size": "6.7B", "seq_len": 8192, "micro_batch": 1, "recompute": "layer"},
+    {"size": "2.7B", "seq_len": 8192, "micro_batch": 2, "recompute": "layer"},
+    {"size": "6.7B", "seq_len": 8192, "micro_batch": 1, "zero_file": "zero1", "optimizer": "adamw8bit"},
     {"size": "6.7B", "seq_len": 4096, "micro_batch": 4, "zero_file": "zero3", "recompute": "layer"},
+    {"size": "6.7B", "seq_len": 8192, "micro_batch": 1, "recompute": "layer"},
+    {"size": "6.7B", "seq_len": 8192, "micro_batch": 1},  # two GPUs have room for this one and the next
+    {"size": "6.7B", "seq_len": 8192, "micro_batch": 1, "zero_file": "zero3"},
 ]
 
 
 def name_of(point):
-    parts = (point["size"], point["zero_file"], point["optimizer"], f"recompute-{point['recompute']}")
+    parts = [point["size"], point["zero_file"], point["optimizer"], f"recompute-{point['recompute']}"]
+    parts += ["fp8"] if point["fp8"] else []
+    parts += [f"{point['n_gpus']}-gpus"] if point.get("n_gpus", 1) > 1 else []
     return "-".join(parts) + f"-{point['micro_batch']}x{point['seq_len']}"
 
 
 def plan_of(point, n_gpus, ds_config):
     """(TrainConfig, Plan) of a point, whose data is random."""
     config, _ = make_config(
-        {
-            "size": point["size"], "seq_len": point["seq_len"], "micro_batch": point["micro_batch"],
-            "recompute": point["recompute"], "optimizer": point["optimizer"], "data": "random", "run": "none",
-            "steps": 100, "batch_tokens": n_gpus * GRAD_ACCUM * point["micro_batch"] * point["seq_len"],
-            "ds_config": ds_config,
-        }
-    )  # fmt: skip
+        {name: point[name] for name in ("size", "seq_len", "micro_batch", "recompute", "optimizer", "fp8")}
+        | {"data": "random", "run": "none", "steps": 100, "ds_config": ds_config}
+        | {"batch_tokens": n_gpus * point["grad_accum"] * point["micro_batch"] * point["seq_len"]}
+    )
     assert isinstance(config, TrainConfig)
     return config, make_plan(config, vocab_size=point["vocab_size"], n_tokens=10**12, world_size=n_gpus)
 
@@ -73,6 +81,7 @@ def measure(point, ds_config):
     import torch
     import torch.distributed as dist
 
+    from model.fp8 import CURRENT_STEPS  # steps that take longer
     from train.engine import complete_ds_config, make_engine, read_ds_config, set_learning_rate
     from train.processes import start_processes
 
@@ -83,14 +92,16 @@ def measure(point, ds_config):
     device, on_gpu = engine.device, torch.cuda.is_available()
     set_learning_rate(engine, plan.lr, plan)
     tokens = torch.randint(0, plan.model.vocab_size, (plan.micro_batch, plan.model.seq_len), device=device)
-    documents = (torch.arange(plan.model.seq_len, device=device) // DOCUMENT_TOKENS).expand_as(tokens)
+    documents = (torch.arange(plan.model.seq_len, device=device) // point["document_tokens"]).expand_as(tokens)
     times = []
-    for _ in range(WARM_UP + TIMED):
+    for _ in range(WARM_UP + (CURRENT_STEPS if config.fp8 else 0) + TIMED):
         began = time.perf_counter()
         for _ in range(plan.grad_accum):
             loss = engine(tokens, targets=tokens.roll(-1, dims=1), document_ids=documents)
             engine.backward(loss)
             engine.step()
+        if config.fp8:
+            engine.module.scales.end_step()
         loss.item()  # waits for the GPU, as the loop's progress line does
         if on_gpu:
             torch.cuda.synchronize()
@@ -105,7 +116,7 @@ def measure(point, ds_config):
     gpu = gpu_of(torch.cuda.get_device_name()) if on_gpu else None
     return {
         "gpu": gpu.name if gpu else torch.cuda.get_device_name() if on_gpu else "cpu",
-        "step_ms": round(sorted(times[WARM_UP:])[TIMED // 2] * 1e3, 1),
+        "step_ms": round(sorted(times[-TIMED:])[TIMED // 2] * 1e3, 1),
         "peak_gib": round(peaks[0].item(), 2), "reserved_gib": round(peaks[1].item(), 2),
         "torch": torch.__version__,
     }  # fmt: skip
@@ -184,8 +195,7 @@ def main(argv=None):
     if flags.point:
         print(json.dumps(measure(json.loads(flags.point), flags.ds_config)))
         return 0
-    points = [DEFAULTS | {"vocab_size": VOCAB_SIZE} | point for point in POINTS]
-    points = [point for point in points if flags.only in name_of(point)]
+    points = [point for point in (DEFAULTS | point for point in POINTS) if flags.only in name_of(point)]
     try:
         if not points:
             raise ValueError(f"no point's name has {flags.only!r}; --list prints them")
@@ -204,11 +214,8 @@ def measure_all(points, flags):
     for point in points:
         assert point["zero_file"] in ZERO_FILES
         ds_config = Path(__file__).resolve().parents[1] / f"ds_configs/{point['zero_file']}.json"
-        _, plan = plan_of(point, flags.gpus, str(ds_config))
-        parts = peak_memory(
-            plan.model, world_size=flags.gpus, micro_batch=plan.micro_batch, optimizer=point["optimizer"],
-            recompute=point["recompute"], zero=zero_of(json.loads(ds_config.read_text())),
-        )  # fmt: skip
+        point = {"n_gpus": flags.gpus} | point
+        parts = memory_of(setup_of({"gpu": "h200"} | point))  # on any GPU
         said = f"{name_of(point)}: planned {sum(parts.values()) / GIB:.1f} GiB"
         if flags.list:
             print(said)
@@ -223,11 +230,8 @@ def measure_all(points, flags):
             continue
         print(f"{said}, took {figures['peak_gib']} GiB, {figures['step_ms']} ms a step", flush=True)
         day = time.strftime("%Y-%m-%d", time.gmtime())
-        content["points"].append(
-            {"id": f"{day}-{name_of(point)}", "use": "checks", "mode": "training", "n_gpus": flags.gpus}
-            | {"document_tokens": DOCUMENT_TOKENS, "grad_accum": GRAD_ACCUM}
-            | point | figures | {"source": f"python -m launch.measure, {day}"}
-        )  # fmt: skip
+        told = {"id": f"{day}-{name_of(point)}", "use": "checks"}
+        content["points"].append(told | point | figures | {"source": f"python -m launch.measure, {day}"})
         write_measurements(content, flags.out)  # after each, so that a lost machine loses one point
         done += 1
     return 0 if done or flags.list else 1

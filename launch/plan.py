@@ -41,11 +41,13 @@ class Request:
     zero_file: str | None = None      # one of ZERO_FILES
     recompute: str | None = None
     optimizer: str = "adamw"
+    fp8: bool = False
     document_tokens: float = 1024
     budget: float | None = None       # dollars
     days: float | None = None
     provider: str | None = None
     spot: bool = False
+    others: bool = False              # as other trainers' kernels would run it
     # fmt: on
 
 
@@ -127,6 +129,8 @@ def batch_of(request, n_gpus):
 
 def choices(request, gpu, n_gpus):
     """Yield a Choice for every arrangement, kind of recomputation and micro-batch that the request leaves open."""
+    if request.fp8 and "fp8" not in gpu.dense_tflops:
+        raise ValueError(f"--fp8: {gpu.title} has no 8-bit products; these have: {', '.join(gpus_with_fp8())}")
     price = price_of(gpu, spot=request.spot, provider=request.provider)
     batch = batch_of(request, n_gpus)
     for zero_file in [request.zero_file] if request.zero_file else ZERO_FILES:
@@ -143,12 +147,10 @@ def choices(request, gpu, n_gpus):
                 setup = Setup(
                     model=request.model, gpu=gpu, n_gpus=n_gpus, micro_batch=rows,
                     grad_accum=batch // (n_gpus * rows * request.model.seq_len), zero=zero, recompute=recompute,
-                    optimizer=request.optimizer, document_tokens=request.document_tokens,
+                    optimizer=request.optimizer, fp8=request.fp8, others=request.others,
+                    document_tokens=request.document_tokens,
                 )  # fmt: skip
-                parts = peak_memory(
-                    request.model, world_size=n_gpus, micro_batch=rows, zero=zero, recompute=recompute,
-                    optimizer=request.optimizer,
-                )  # fmt: skip
+                parts = memory_of(setup)
                 choice = Choice(
                     setup=setup, zero_file=zero_file, parts=parts, needed=memory_needed(parts, n_gpus),
                     seconds=step_time(setup), tokens=request.tokens, price=price,
@@ -156,6 +158,18 @@ def choices(request, gpu, n_gpus):
                 yield choice
                 if not choice.fits:
                     break  # more rows need more
+
+
+def gpus_with_fp8():
+    return [name for name, gpu in GPUS.items() if "fp8" in gpu.dense_tflops]
+
+
+def memory_of(setup):
+    """train.memory.peak_memory of a Setup."""
+    return peak_memory(
+        setup.model, world_size=setup.n_gpus, micro_batch=setup.micro_batch, zero=setup.zero,
+        recompute=setup.recompute, optimizer=setup.optimizer, fp8=setup.fp8, document_tokens=setup.document_tokens,
+    )  # fmt: skip
 
 
 def why_not(request, zero_file, zero, gpu, n_gpus):
@@ -198,6 +212,8 @@ def search(request):
     for gpu in [request.gpu] if request.gpu else GPUS.values():
         price = price_of(gpu, spot=request.spot, provider=request.provider)
         if not request.gpu and (price is None or price["kind"] == "own"):
+            continue
+        if not request.gpu and request.fp8 and gpu.name not in gpus_with_fp8():
             continue
         for n_gpus in counts:
             if n_gpus > gpu.gpus_per_node and gpu.network_gb_s < 1:
@@ -279,6 +295,8 @@ def what_would_give(request, gpu, n_gpus):
         lines.append(f"more GPUs: not even on {COUNTS[-1]:,}, as they share all but what a micro-batch holds")
     for other in sorted(GPUS.values(), key=lambda g: g.memory_gib):
         if other.memory_gib > gpu.memory_gib:
+            if request.fp8 and other.name not in gpus_with_fp8():
+                continue
             fitting, _ = rank(replace(request, batch_tokens=None), other, n_gpus)
             if fitting:
                 lines.append(f"--gpu {other.name}: fits, {fitting[0].needed / GIB:.1f} of {other.memory_gib:.1f} GiB")
@@ -303,4 +321,6 @@ def command(request, choice, data="data/eight"):
         words.append(f"--seq-len {model.seq_len}")
     if setup.optimizer != "adamw":
         words.append(f"--optimizer {setup.optimizer}")
+    if setup.fp8:
+        words.append("--fp8")
     return " ".join(words)

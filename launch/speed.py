@@ -8,17 +8,20 @@ kernel are measured, or assumed, one by one; launch/measurements.json holds them
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from model.config import ModelConfig
 from train.hardware import Gpu
-from train.memory import Zero, layer_parameters
+from train.kept import STATES_EVERY, in_8_bits, layer_operations
+from train.memory import Zero
 
 MEASUREMENTS = Path(__file__).with_name("measurements.json")
 
 FORWARD_TIMES = {"none": 1, "layer": 2}  # how often the layers' forward pass runs
+WEIGHTS = {"M": 13, "A": 6}  # tensors of a mixer and its norm, each with a hook of DeepSpeed's; a SwiGLU's are 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,11 @@ class Setup:
     n_gpus: int
     micro_batch: int
     grad_accum: int
-    zero: Zero | None = Zero()  # None: forward and backward alone, as model.bench measures
+    zero: Zero = Zero()
     recompute: str = "none"
     optimizer: str = "adamw"
+    fp8: bool = False
+    others: bool = False  # kernels as other trainers have them, whose published figures the model is held against
     document_tokens: float = 1024  # a document's mean length; a row holds several
 
     @property
@@ -45,57 +50,77 @@ def measured():
     return json.loads(MEASUREMENTS.read_text())
 
 
-def constants(gpu):
-    """The measured or assumed efficiencies for a GPU: those of every GPU, and above them its own."""
+def constants(gpu, others=False):
+    """The measured or assumed efficiencies for a GPU: those of every GPU, and above them its own; with others, above
+    both those of other trainers' kernels."""
     found = measured()["constants"]
     own = next((values for start, values in found.items() if start != "all" and gpu.name.startswith(start)), {})
-    return {name: entry["value"] for name, entry in (found["all"] | own).items()}
+    entries = found["all"] | own | (found["others"] if others else {})
+    return {name: entry["value"] for name, entry in entries.items()}
 
 
-def layer_work(model, kind, document_tokens):
-    """What one layer does for a token: {operation: (forward, backward)}, in FLOPs for "products" and "attention", in
-    bytes of memory traffic for the others. Eager PyTorch with the fused kernels: every operation reads and writes."""
-    d, d_inner, bc, heads, d_ff = (
-        model.d_model, model.d_inner, model.n_groups * model.d_state, model.n_mamba_heads, model.d_ff,
-    )  # fmt: skip
+def layer_work(model, kind, document_tokens, fp8, c):
+    """What one layer does for a token: {operation: (forward, backward)}, in FLOPs for products and attention, in bytes
+    of memory traffic for the others: a kernel of model/ reads and writes each of its tensors once, in bfloat16.
+
+    c: constants().
+    """
+    d, d_inner, bc, d_ff = model.d_model, model.d_inner, model.n_groups * model.d_state, model.d_ff
     norms = 2 if d_ff else 1
-    work = {"norm": (4 * d * norms, 6 * d * norms)}
+    work = {"norms": (8 * d * norms, 8 * d * norms)}
+    casts = []  # of products in 8 bits: width of the input, of the output
     if kind == "M":
-        columns, conv = 2 * d_inner + 2 * bc + heads, d_inner + 2 * bc
+        columns, conv = 2 * d_inner + 2 * bc + model.n_mamba_heads, model.d_conv_channels
         products = 2 * d * (columns + d_inner)
-        work["conv"] = (4 * conv, 6 * conv)
-        # forward: x twice and y, and three float32 states a chunk; backward: four kernels that read x and dy, dx
-        states = 4 * d_inner * model.d_state / model.chunk_size
-        work["scan"] = (6 * d_inner + 3 * states, 18 * d_inner + 4 * states)
+        work["convolution"] = (4 * conv, 6 * conv)
+        states = 2 * d_inner * model.d_state / STATES_EVERY
+        # forward reads x, B, C and writes y; of the backward pass's three kernels, the first writes the states, the
+        # second their gradients, and the third reads both
+        work["scan"] = (4 * d_inner + 4 * bc, 10 * d_inner + 16 * bc + 4 * states)
         work["gated norm"] = (6 * d_inner, 10 * d_inner)
-        # dt to float32 and softplus; backward: the gradients of what was split are joined again
-        elementwise = (40 * heads, 4 * columns + 4 * conv + 40 * heads)
+        elementwise = (0, 0)
+        if in_8_bits(fp8, d, d_inner, bc, model.n_mamba_heads):
+            casts += [d, columns]
+        if in_8_bits(fp8, d, d_inner):
+            casts += [d_inner, d]
     else:
         d_kv = model.n_kv_heads * model.head_dim
         columns = (2 if model.attention_gate else 1) * d + 2 * d_kv
         products = 2 * d * (columns + d)
         scores = 2 * d * min(document_tokens, model.seq_len)  # the causal half
-        work["attention"] = (scores, 2.5 * scores)  # five products for two (FlashAttention, arXiv:2205.14135)
-        rotated = (d + d_kv) if model.positions == "rope" else 0
+        if document_tokens < model.seq_len:  # and what a document costs besides, whatever its length
+            scores += 2 * d * c["document_tokens"]
+        packed = ", packed" if document_tokens < model.seq_len else ""
+        work[f"attention{packed}"] = (scores, 2.5 * scores)  # five products for two (arXiv:2205.14135)
+        turned = 4 * (d + d_kv) if model.positions == "rope" else 0
         gate = d if model.attention_gate else 0
-        elementwise = (48 * rotated + 10 * gate, 60 * rotated + 22 * gate + 4 * columns)
+        in_8 = in_8_bits(fp8, d, d_kv)
+        elementwise = (turned + 6 * gate, turned + 10 * gate + (0 if in_8 else 4 * columns))  # laid side by side
+        casts += [d, columns, d, d] if in_8 else []
     if d_ff:
         products += 2 * 3 * d * d_ff
-        elementwise = (elementwise[0] + 10 * d_ff, elementwise[1] + 26 * d_ff)  # silu, product; gradients, joined
-    work["products"] = (products, 2 * products)
-    work["elementwise"] = (elementwise[0] + 6 * d * norms, elementwise[1] + 6 * d * norms)  # onto the residual stream
+        in_8 = in_8_bits(fp8, d, d_ff)
+        ahead, back = (5, 11) if in_8 else (6, 10)  # what is written in 8 bits is written twice
+        elementwise = (elementwise[0] + ahead * d_ff, elementwise[1] + back * d_ff)
+        casts += [d, d] if in_8 else []
+    work["products, fp8" if casts else "products"] = (products, 2 * products)
+    inputs, outputs = sum(casts[0::2]), sum(casts[1::2])  # the inputs forward, the outputs' gradients backward
+    work["element-wise"] = (elementwise[0] + 4 * inputs, elementwise[1] + 4 * outputs)
     return work
 
 
-def weight_traffic(model, kind):
-    """Bytes of one layer's weights that a micro-batch moves besides the products: joined forward (SplitLinear)."""
-    n = layer_parameters(model, kind, "mixer") + (layer_parameters(model, kind, "mlp") if model.d_ff else 0)
-    return 4 * 0.8 * n
+def weight_traffic(model, kind, fp8):
+    """Bytes of one layer's weights that a micro-batch moves besides the products: those of a product laid end to end,
+    or all of them cast and turned."""
+    operations = layer_operations(model, kind, fp8=fp8)
+    return sum((4 if fp8 else 2) * operation.copies for operation in operations)
 
 
 def rate(operation, gpu, c):
     """FLOP/s or bytes/s of an operation on a GPU; c: its constants."""
-    if operation in ("products", "attention"):
+    if operation == "products, fp8":
+        return gpu.dense_tflops["fp8"] * 1e12 * c[operation]
+    if operation.startswith(("products", "attention")):
         return gpu.dense_tflops["bf16"] * 1e12 * c[operation]
     return gpu.bandwidth_gb_s * 1e9 * c[operation]
 
@@ -103,30 +128,28 @@ def rate(operation, gpu, c):
 def micro_batch_time(setup, c):
     """{operation: seconds} on the GPU of a forward and backward pass over one micro-batch."""
     model, gpu, tokens = setup.model, setup.gpu, setup.micro_batch * setup.model.seq_len
-    times = dict.fromkeys(("products", "attention", "scan", "conv", "gated norm", "norm", "elementwise", "loss"), 0.0)
-    forward = FORWARD_TIMES[setup.recompute]
+    times, forward = Counter(), FORWARD_TIMES[setup.recompute]
     for kind in sorted(set(model.layer_pattern)):
         n = model.layer_pattern.count(kind)
-        for operation, (ahead, back) in layer_work(model, kind, setup.document_tokens).items():
+        for operation, (ahead, back) in layer_work(model, kind, setup.document_tokens, setup.fp8, c).items():
             times[operation] += n * tokens * (forward * ahead + back) / rate(operation, gpu, c)
-        times["elementwise"] += n * forward * weight_traffic(model, kind) / rate("elementwise", gpu, c)
+            if operation == "scan":  # a program walks through a row's head; the last of them leave the GPU half empty
+                times[operation] *= 1 + c["scan_programs"] / (setup.micro_batch * model.n_mamba_heads)
+        times["element-wise"] += n * forward * weight_traffic(model, kind, setup.fp8) / rate("element-wise", gpu, c)
     d, v = model.d_model, model.vocab_size
-    chunks = math.ceil(tokens / 4096)  # model/fused.py adds the head's gradient up in float32, a chunk at a time
     times["loss"] = 6 * d * v * tokens / rate("products", gpu, c)
-    times["loss"] += (6 * v * tokens + 12 * v * d * chunks) / rate("elementwise", gpu, c)
-    return times
+    times["loss"] += 6 * v * tokens / rate("element-wise", gpu, c)  # logits, read twice, and their gradient
+    return dict(times)
 
 
 def launch_time(setup, c):
     """Seconds that Python needs to start a micro-batch's kernels: the least a micro-batch can take."""
-    ms = {"M": c["launch_mamba_ms"], "A": c["launch_attention_ms"]}
-    total = sum(ms[kind] for kind in setup.model.layer_pattern)
+    model, ms = setup.model, {"M": c["launch_mamba_ms"], "A": c["launch_attention_ms"]}
+    total = sum(ms[kind] for kind in model.layer_pattern) + setup.fp8 * model.n_layers * c["launch_fp8_ms"]
     if setup.recompute == "layer":
         total *= 1 + c["launch_again"]
-    if setup.zero:
-        hooks = c["launch_deepspeed_ms"] + (c["launch_stage3_ms"] if setup.zero.stage == 3 else 0)
-        total += setup.model.n_layers * hooks
-    return total / 1e3
+    weights = sum(WEIGHTS[kind] + (4 if model.d_ff else 0) for kind in model.layer_pattern)
+    return (total + weights * c[f"hook_stage{setup.zero.stage}_ms"]) / 1e3
 
 
 def bus(gpu, n, c):
@@ -151,7 +174,7 @@ def communication(setup, c):
     7), with gradients in float32 (communication_data_type) and all-reduced at stages 0 to 2
     (use_multi_rank_bucket_allreduce), at stage 2 for every micro-batch; hpZ: ZeRO++ (arXiv:2306.10209)."""
     zero, n, p, gpu = setup.zero, setup.n_gpus, setup.model.n_parameters, setup.gpu
-    if zero is None or n == 1:
+    if n == 1:
         return 0.0, 0.0
     part, buckets = (n - 1) / n, math.ceil(p / zero.bucket)
     reduce = collective_time(gpu, n, 2 * part * 4 * p, buckets, c)
@@ -170,64 +193,67 @@ def communication(setup, c):
     return ahead + back + scatter, 0.0
 
 
+def gradient_time(setup, c):
+    """Seconds that DeepSpeed takes of the GPU for a micro-batch's gradients, without communication.
+
+    Bytes a parameter, read and written. Stage 1 (train/engine.py): added up in float32 10. Stage 2
+    (stage_1_and_2.py): into the bucket 4, divided 4, laid end to end 4, to float32 6 and back 6, of a process's own
+    part added 12 and back into the bucket 6. Stage 3 (stage3.py): into the bucket in float32 6, laid end to end 8,
+    divided 8, its own part cut out 8 and added 12.
+    """
+    whole, own = {0: (12, 0), 1: (10, 0), 2: (24, 18), 3: (22, 20)}[setup.zero.stage]
+    p = setup.model.n_parameters
+    return (whole * p + own * p / setup.n_gpus) / rate("gradients", setup.gpu, c)
+
+
 def optimizer_time(setup, c):
     """Seconds of the optimizer's step, without communication."""
-    zero, p, gpu = setup.zero, setup.model.n_parameters / setup.n_gpus, setup.gpu
-    if zero is None:
-        return 0.0
+    zero, p, gpu, model = setup.zero, setup.model.n_parameters / setup.n_gpus, setup.gpu, setup.model
     if zero.offload:
-        return p / (c["cpu_parameters_per_us"] * 1e6)
+        return p / (c["cpu_parameters_per_us"] * 1e6) + 4 * p / (gpu.pcie_gb_s * 1e9 * c["link"])
     # norm in float64 20, clipping 8, AdamW 28, to bf16 6, zeroing the gradients 4
-    seconds = 66 * p / rate("elementwise", gpu, c)
+    seconds = 66 * p / rate("optimizer", gpu, c)
+    if setup.optimizer == "adamw8bit":  # 16 bytes and not 28, but its kernel works more than it reads
+        seconds += 16 * p / rate("adamw8bit", gpu, c) - 28 * p / rate("optimizer", gpu, c)
     if setup.optimizer == "muon":
-        seconds += muon_flops(setup.model) / setup.n_gpus / rate("products", gpu, c)
+        flops, moved = muon_work(model)
+        seconds += flops / setup.n_gpus / rate("products", gpu, c) + moved / setup.n_gpus / rate("optimizer", gpu, c)
     return seconds
 
 
-def muon_flops(model):
-    """Newton-Schulz (train/optim.py): five times x x^T, its square, and their product with x, for every matrix."""
+def muon_work(model):
+    """(FLOPs, bytes) of Muon's step beside AdamW's (train/optim.py). Newton-Schulz takes five times x x^T (r, r), its
+    square, and their product with x (r, s); the rest reads and writes x 12 and x x^T 14 bytes each time, and in
+    float32 the momentum, the update, its norm and its copies 88 bytes, where AdamW has 28."""
     d, d_inner = model.d_model, model.d_inner
     bc, d_kv = model.n_groups * model.d_state, model.n_kv_heads * model.head_dim
     shapes = {
         "M": [(d_inner, d), (d_inner, d), (bc, d), (bc, d), (model.n_mamba_heads, d), (d_inner, d)],
         "A": [(d, d), (d_kv, d), (d_kv, d), (d, d)] + ([(d, d)] if model.attention_gate else []),
     }
-    total = 0
+    flops = moved = 0
     for kind in model.layer_pattern:
         for rows, columns in shapes[kind] + ([(model.d_ff, d)] * 3 if model.d_ff else []):
             r, s = min(rows, columns), max(rows, columns)
-            total += 5 * (4 * r * r * s + 2 * r**3)
-    return total
+            flops += 5 * (4 * r * r * s + 2 * r**3)
+            moved += 5 * (12 * r * s + 14 * r * r) + (88 - 28) * r * s
+    return flops, moved
 
 
 def step_time(setup):
     """{part: seconds} of one optimizer step. The sum is its wall time."""
-    c, n = constants(setup.gpu), setup.n_gpus
-    gpu_parts = micro_batch_time(setup, c)
-    on_gpu = sum(gpu_parts.values())
+    c, n, zero = constants(setup.gpu, setup.others), setup.n_gpus, setup.zero
+    gpu_parts = micro_batch_time(setup, c) | {"gradients": gradient_time(setup, c)}
+    on_gpu, floor = sum(gpu_parts.values()), launch_time(setup, c)
     parts = {name: seconds * setup.grad_accum for name, seconds in gpu_parts.items()}
-    if setup.zero:  # buckets filled, to float32, averaged, added up (stage_1_and_2.py)
-        p = setup.model.n_parameters
-        moved = 18 * p + 12 * p / n
-        handled = moved / rate("elementwise", setup.gpu, c)
-        if setup.zero.offload:
-            handled += 4 * p / n / (setup.gpu.pcie_gb_s * 1e9 * c["link"])
-        on_gpu += handled
-        parts["gradients"] = handled * setup.grad_accum
-    floor = launch_time(setup, c)
-    if setup.zero and setup.zero.stage == 3:  # hooks around every module, which the GPU waits for
-        on_gpu += setup.model.n_layers * c["launch_stage3_ms"] / 1e3
     busy = max(on_gpu, floor)
+    parts["waiting for Python"] = (busy - on_gpu + c["between_ms"] / 1e3) * setup.grad_accum
     per_micro, per_step = communication(setup, c)
-    backward = busy * (2 / (2 + FORWARD_TIMES[setup.recompute]))
-    window = busy if setup.zero and setup.zero.stage == 3 else backward
-    overlap = c["overlap"] if setup.zero and setup.zero.overlap else 0.0
+    window = busy if zero.stage == 3 else busy * (2 / (2 + FORWARD_TIMES[setup.recompute]))  # the backward pass
+    overlap = c["overlap"] if zero.overlap else 0.0
     exposed = max(per_micro - overlap * window, (1 - overlap) * per_micro)
-    parts["waiting for Python"] = (busy - sum(gpu_parts.values())) * setup.grad_accum - parts.get("gradients", 0.0)
     parts["communication"] = exposed * setup.grad_accum + per_step
     parts["optimizer"] = optimizer_time(setup, c)
-    if setup.zero:
-        parts["between steps"] = c["between_steps_ms"] / 1e3
     nodes = math.ceil(n / setup.gpu.gpus_per_node)
     parts["slowest process"] = sum(parts.values()) * c["straggling"] * math.log2(nodes) if nodes > 1 else 0.0
     return parts

@@ -46,7 +46,7 @@ def test_tables_of_a_search_of_scaling_and_of_what_does_not_fit(capsys):
     assert main(["--size", "1.3B", "--tokens", "20B", "--days", "2", "--scaling"]) == 0
     printed = capsys.readouterr().out
     assert "the cheapest that keeps to it:" in printed and "the fastest that keeps to it:" in printed
-    assert " 1024 " in printed
+    assert " 1024 " in printed and "the fastest: zero1 from 1" in printed
     assert main(["--size", "13B", "--gpus", "1", "--gpu", "rtx4060"]) == 0
     printed = capsys.readouterr().out
     assert "does not fit: " in printed and "what would have to give:" in printed
@@ -79,6 +79,7 @@ def test_unknown_size_gets_one_line_and_exit_code_2(capsys):
             ["--ds-config", "zero2_offload", "--optimizer", "adamw8bit"],
             "--ds-config zero2_offload: the optimizer steps ",
         ),
+        (["--fp8", "--gpu", "a100-80"], "--fp8: A100 SXM 80 GB has no 8-bit products; these have: h100, "),
         (["--layer-pattern", "MAX"], "layer pattern 'MAX' is not a string of M "),
         (["--plot", "x.png"], "--plot x.png: the pictures are a page; "),
         (["--ds-config", "zero9"], "argument --ds-config: "),

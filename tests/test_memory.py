@@ -2,57 +2,15 @@
 
 import argparse
 import json
-from dataclasses import replace
 
 import pytest
-import torch
 from launching import ROOT
 
 from launch.check import MEMORY_WITHIN, compare
 from launch.speed import measured
-from model import reference
 from model.config import get_preset
-from model.layers import RMSNorm, SwiGLU
 from train.config import TrainConfig, add_flags, make_plan
-from train.memory import GIB, Zero, largest_micro_batch, memory_needed, peak_memory, saved_by_mlp, zero_of
-
-SMALL = {"nano", "100M"}  # a tenth of a GiB more than counted, which is much of so little
-
-
-def bytes_kept(module, x):
-    """Bytes of the tensors that autograd keeps of a forward pass, each storage once, without the parameters."""
-    kept = {}
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = module(x)
-    return sum(kept.values()), y
-
-
-def test_swiglu_keeps_what_is_counted():
-    model = replace(get_preset("nano"), d_model=64, d_ff=96)
-    tokens, mlp = 40, SwiGLU(64, 96, reference).bfloat16()
-    x = torch.randn(1, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
-    kept, _ = bytes_kept(mlp, x)
-    per_token, joined = saved_by_mlp(model)
-    norm = 2 * 64 + 4  # the residual stream and a scale, which the norm keeps; its output is x here
-    assert kept == (per_token - norm) * tokens + joined
-
-
-def test_norm_keeps_no_more_than_its_input_and_a_scale_a_row():
-    class Fused:
-        rms_norm = staticmethod(lambda x, weight, eps: torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
-
-    assert reference.rms_norm is not Fused.rms_norm
-    x = torch.randn(1, 40, 64, requires_grad=True)
-    kept, _ = bytes_kept(RMSNorm(64, 1e-5, Fused), x)
-    assert kept <= 3 * 4 * 64 * 40  # in float32 on a CPU, where the norm is made of parts
+from train.memory import GIB, Zero, largest_micro_batch, memory_needed, peak_memory, zero_of
 
 
 @pytest.mark.parametrize("n", [1, 8, 128])
@@ -73,9 +31,11 @@ def test_hpz_keeps_a_second_copy_within_a_node():
     assert hpz["weights"] - flat["weights"] == pytest.approx(2 * model.n_parameters / 8)
 
 
-def test_offload_leaves_only_weights_on_the_gpu():
-    parts = peak_memory(get_preset("2.7B"), micro_batch=1, zero=Zero(offload=True), recompute="layer")
-    assert not {"float32 weights", "optimizer states", "gradients"} & set(parts)
+def test_offload_leaves_weights_and_gradients_on_the_gpu():
+    model = get_preset("2.7B")
+    parts = peak_memory(model, micro_batch=1, zero=Zero(offload=True), recompute="layer")
+    assert parts["float32 weights"] == parts["optimizer states"] == 0
+    assert parts["gradients"] == 4 * model.n_parameters  # DeepSpeed 0.19.8 adds them up there
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -103,10 +63,7 @@ def test_every_ds_config_can_be_counted():
 @pytest.mark.parametrize("point", measured()["points"], ids=lambda point: point["id"])
 def test_peak_is_what_an_h200_held(point):
     gib, error, *_ = compare(point)
-    if point["size"] in SMALL:
-        assert abs(gib - point["peak_gib"]) < 0.25
-    else:
-        assert abs(error) <= MEMORY_WITHIN, f"{gib:.2f} GiB planned, {point['peak_gib']} measured"
+    assert abs(error) <= MEMORY_WITHIN, f"{gib:.2f} GiB planned, {point['peak_gib']} measured"
 
 
 def test_largest_micro_batch_fits_and_the_next_does_not():

@@ -227,7 +227,7 @@ def make_plan(config, *, vocab_size, n_tokens, world_size, zero=None, gpu_memory
             )
         micro_batch = largest_micro_batch(
             model, batch_tokens=batch_tokens, world_size=world_size, zero=zero, recompute=config.recompute,
-            optimizer=config.optimizer, memory_gib=gpu_memory_gib,
+            optimizer=config.optimizer, fp8=config.fp8, memory_gib=gpu_memory_gib,
         )  # fmt: skip
     if config.fp8 and micro_batch * model.seq_len % FP8_MULTIPLE:
         raise ValueError(

@@ -9,12 +9,17 @@ section 3, with float32 gradients; the rest is read from the code, and no consta
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from train.kept import layer_operations
 
 GIB = 2**30
 CHUNK_TOKENS = 4096  # rows of logits at a time, model/cross_entropy.py
+INPUTS = 8 + 8 + 8 + 9  # bytes a token: tokens, targets, document ids, and what model.layers.Packing makes of them
 CUBLAS_BYTES = 2 * 33 * 2**20  # a workspace of 32 MiB and some for each thread that multiplies: forward and backward
 # Beyond what PyTorch allocates: CUDA's context and loaded kernels; NCCL's buffers with more than one process; and what
-# the allocator reserves in vain. 0.7 GiB of 2.7 on `laptop_8gb` (BENCHMARKS.md) is the one measurement; 3 % assumed.
+# the allocator reserves in vain, which is assumed: H200s had 2 to 7 GiB of it at peaks of 31 to 132 GiB, by
+# reserved_gib of launch/measurements.json, but where memory is short it gives most of that back.
 CONTEXT_GIB, NCCL_GIB, SLACK_GIB, SLACK_PART = 0.5, 0.7, 0.7, 0.03
 
 
@@ -50,63 +55,6 @@ def zero_of(settings):
     )
 
 
-def saved_by_mixer(model, kind, *, packed=True, element=2):
-    """Bytes a token that autograd keeps of a layer's mixer and its norm, and bytes of its joined weights, kept beside.
-
-    element: bytes of an activation. What a line adds is what the backward pass of its operation reads.
-    """
-    d, d_inner, bc, heads = model.d_model, model.d_inner, model.n_groups * model.d_state, model.n_mamba_heads
-    per_token = saved_by_norm(model, element)
-    if kind == "M":
-        columns = 2 * d_inner + 2 * bc + heads
-        per_token += element * columns  # in_proj's output: the convolution and the gated norm read it
-        per_token += element * (d_inner + 2 * bc)  # the convolution's output: the scan's x, B, C
-        per_token += 8 * heads  # dt in float32, before and after softplus
-        per_token += 2 * element * d_inner + 4 * model.n_groups  # the scan's output, the gated norm's, its scales
-        return per_token, element * d * columns
-    d_kv = model.n_kv_heads * model.head_dim
-    columns = (2 if model.attention_gate else 1) * d + 2 * d_kv
-    per_token += element * columns  # in_proj's output: v and the gate are read in it
-    per_token += element * (2 * d + d_kv) + 4 * model.n_heads  # rotated q and k; y, which out_proj reads; log-sums
-    if model.positions == "rope" and packed:
-        per_token += 8 * model.head_dim  # cosines and sines in float32, for q and for k
-    if model.attention_gate:
-        per_token += 2 * element * d  # the sigmoid, and its product with y
-    if model.qk_norm:
-        per_token += element * (d + d_kv)
-    return per_token, element * d * columns
-
-
-def saved_by_mlp(model, element=2):
-    """The same of a layer's SwiGLU and its norm."""
-    if not model.d_ff:
-        return 0, 0
-    per_token = saved_by_norm(model, element) + 4 * element * model.d_ff  # gate and up, silu(gate), their product
-    return per_token, element * 2 * model.d_model * model.d_ff
-
-
-def saved_by_norm(model, element):
-    """RMSNorm's input, which is the residual stream, and its output, which the projection reads; a scale a row."""
-    return 2 * element * model.d_model + 4
-
-
-def mixer_workspace(model, kind, element):
-    """Bytes a token that a mixer's backward pass holds at its fullest, beyond what it has freed by then."""
-    if kind == "A":  # gradients of q, of k and v for every head, and of q summed in float32 (flash attention)
-        return (3 * element + 4) * model.d_model
-    states = 4 * model.d_inner * model.d_state // model.chunk_size  # a float32 state a chunk
-    gradients = 3 * element * model.d_inner - 2 * element * model.d_inner  # of y, z and x; y and the norm's are gone
-    return gradients + 4 * states + 8 * model.chunk_size * model.n_groups  # and C B^T with its gradient
-
-
-def layer_parameters(model, kind, part):
-    """Parameters of one layer's "mixer" or "mlp", with its norm."""
-    if part == "mlp":
-        return 3 * model.d_model * model.d_ff + model.d_model
-    name = {"A": "attention", "M": "mamba"}[kind]
-    return model.parameters_by_part[name] // model.layer_pattern.count(kind) + model.d_model
-
-
 def optimizer_bytes(model, optimizer):
     """Bytes of the optimizer's states over all processes (train/optim.py)."""
     parts = model.parameters_by_part
@@ -119,133 +67,141 @@ def optimizer_bytes(model, optimizer):
     return model.n_parameters * 8
 
 
-def peak_memory(model, *, world_size=1, micro_batch, zero=None, recompute="none", optimizer="adamw", packed=True):
+class Moment(NamedTuple):
+    """Bytes on a GPU at one moment of a step, by what they are."""
+
+    weights: float
+    float32_weights: float
+    optimizer_states: float
+    gradients: float
+    gathered_weights: float = 0
+    buckets: float = 0
+    activations: float = 0
+    workspace: float = 0
+    logits_and_loss: float = 0
+    step: float = 0
+
+
+def peak_memory(
+    model, *, world_size=1, micro_batch, zero, recompute="none", optimizer="adamw", fp8=False, document_tokens=1024
+):
     """{part: bytes} on each GPU at the fullest moment of a step: the parts' sum is max_memory_allocated.
 
-    zero: a Zero, or None for a forward and backward pass in bfloat16 without DeepSpeed or optimizer (model.bench).
-    packed: several documents a row.
+    A step is counted as one of several micro-batches, whose gradients are added up.
     """
-    moments = walk(
-        model, world_size=world_size, micro_batch=micro_batch, zero=zero, recompute=recompute, optimizer=optimizer,
-        packed=packed,
+    backward = backward_moments(
+        model, micro_batch=micro_batch, recompute=recompute, element=2 if zero.bf16 else 4, fp8=fp8,
+        document_tokens=document_tokens,
     )  # fmt: skip
-    return max(moments, key=lambda parts: sum(parts.values()))
+    fullest = max(step_moments(model, world_size, zero, optimizer, backward), key=sum)
+    return {name.replace("_", " "): size for name, size in fullest._asdict().items()}
+
+
+def backward_moments(model, *, micro_batch, recompute="none", element=2, fp8=False, document_tokens=1024):
+    """Yield (activations, workspace, logits and loss: bytes; parameters whose gradient has just come, which the
+    workspace counts) at the moments of a forward and backward pass that may be the fullest: the loss, and before and
+    after each operation of each layer, from the last to the first."""
+    tokens, head = micro_batch * model.seq_len, model.vocab_size * model.d_model
+    stream, gradient = element * model.d_model * tokens, element * head  # the residual stream; of the head's weight
+    tied = gradient if model.tied_embeddings else 0  # waits for the embedding's
+    inputs = INPUTS * tokens + (stream + 4 * tokens if model.embedding_norm else 0)
+    passes = {}
+    for kind in set(model.layer_pattern):
+        operations = layer_operations(model, kind, element=element, fp8=fp8, document_tokens=document_tokens)
+        passes[kind] = layer_moments(operations, tokens, element, stream)
+    held = [passes[kind][0][0] if recompute == "none" else stream for kind in model.layer_pattern]
+
+    # The last norm keeps its input; its output and that output's gradient are there, the head's gradient in float32,
+    # and a chunk of logits. Then both gradients are multiplied by the loss's own.
+    before = inputs + sum(held)
+    norm = before + stream + 4 * tokens
+    yield norm, CUBLAS_BYTES + stream, stream + 4 * head + element * min(tokens, CHUNK_TOKENS) * model.vocab_size, 0
+    yield norm, CUBLAS_BYTES + stream, stream + 4 * head + gradient, 0
+    yield norm, CUBLAS_BYTES + stream + gradient, 0, 0 if tied else head
+    yield norm, CUBLAS_BYTES + 2 * stream + tied, 0, 0
+    for i, kind in reversed(list(enumerate(model.layer_pattern))):
+        before -= held[i]
+        for alive, workspace, parameters in passes[kind]:
+            yield before + alive, CUBLAS_BYTES + workspace + tied, 0, parameters
+    yield inputs, CUBLAS_BYTES + stream + gradient + tied, 0, head
+
+
+def layer_moments(operations, tokens, element, stream):
+    """[(bytes kept of the layer, workspace, parameters whose gradient has just come)] of a layer's backward pass."""
+    moments, alive = [], sum(o.keeps * tokens + o.copies for o in operations)
+    for i, o in reversed(list(enumerate(operations))):
+        gradient = element * o.parameters
+        moments.append((alive, (o.takes + o.gives + o.work) * tokens + gradient, 0))
+        alive -= o.keeps * tokens + o.copies
+        waiting = operations[i - 1].takes * tokens if i else stream
+        moments.append((alive, waiting + gradient, o.parameters))
+    return moments
 
 
 def standing(model, world_size, zero, optimizer):
-    """{part: bytes} that stays on a GPU from step to step, and those that come with the first gradient."""
-    p, n = model.n_parameters, world_size
-    if zero is None:
-        return {"weights": 2 * p}, {}
-    if not zero.bf16:  # float32 alone: no second copy of the weights
-        sharded = n if zero.stage else 1
-        grads = p if zero.stage < 2 else p / n
-        kept = {"weights": 4 * p, "optimizer states": optimizer_bytes(model, optimizer) / sharded}
-        return kept | ({"float32 weights": 4 * p / n} if zero.stage else {}), {"gradients": 4 * grads}
-    states = {"float32 weights": 4 * p / n, "optimizer states": optimizer_bytes(model, optimizer) / n}
-    if zero.offload:
-        return {"weights": 2 * p}, {}
+    """The Moment between two micro-batches."""
+    p, n, states = model.n_parameters, world_size, optimizer_bytes(model, optimizer)
+    if not zero.bf16:  # float32 alone: a second copy of the weights only where ZeRO steps a part of them
+        shared = n if zero.stage else 1
+        return Moment(4 * p, 4 * p / n if zero.stage else 0, states / shared, 4 * p / (n if zero.stage > 1 else 1))
+    if zero.offload:  # but gradients are added up on the GPU
+        return Moment(2 * p, 0, 0, 4 * p / n)
+    weights = 2 * p
     if zero.stage == 3:
-        weights = 2 * p / n
-        if zero.hpz > 1 and n > zero.hpz:
-            weights += 2 * p / zero.hpz
-        return {"weights": weights, **states, "gradients": 4 * p / n}, {}
-    # stage 1 keeps every gradient in float32 until its step, stage 2 a process's own part
-    return {"weights": 2 * p, **states}, {"gradients": 4 * p if zero.stage == 1 else 4 * p / n}
+        weights = 2 * p / n + (2 * p / zero.hpz if zero.hpz > 1 and n > zero.hpz else 0)
+    return Moment(weights, 4 * p / n, states / n, 4 * p if zero.stage == 1 else 4 * p / n)
 
 
-def walk(model, *, world_size, micro_batch, zero, recompute, optimizer, packed):
-    """Yield {part: bytes} at the moments of a step that may be its fullest: the loss, each layer's backward pass from
-    the last to the first, and the optimizer's step."""
-    element = 4 if zero and not zero.bf16 else 2
-    tokens, d, v = micro_batch * model.seq_len, model.d_model, model.vocab_size
-    stream = element * d * tokens  # the residual stream
-    kept, gradients = standing(model, world_size, zero, optimizer)
-    kept = kept | {"workspace": CUBLAS_BYTES}
-    mixers = {kind: saved_by_mixer(model, kind, packed=packed, element=element) for kind in set(model.layer_pattern)}
-    mixers = {kind: per_token * tokens + joined for kind, (per_token, joined) in mixers.items()}
-    per_token, joined = saved_by_mlp(model, element)
-    mlp = per_token * tokens + joined
-    held = [mixers[kind] + mlp if recompute == "none" else stream for kind in model.layer_pattern]
-    first = tokens * (8 + 8 + 4 + 4) + (stream if model.embedding_norm else 0)  # tokens, targets, documents, positions
-    gathered = 0.0
-    largest = max(layer_parameters(model, kind, "mixer") for kind in mixers) + layer_parameters(model, "", "mlp")
-    if zero and zero.stage == 3 and world_size > 1:
-        gathered = 2 * min(model.n_parameters, zero.max_live + largest)
-    if zero and zero.stage == 3:
-        kept["buckets"] = bucket_bytes(zero)  # made once; stages 1 and 2 make theirs for each backward pass
-    # The loss: the last norm's input and output, the gradient of its output; the head's gradient in float32 and, a
-    # chunk at a time, in bfloat16; a chunk of logits (model/fused.py, CrossEntropy)
-    loss = (4 + element) * v * d + element * min(tokens, CHUNK_TOKENS) * v + 3 * stream
-    yield kept | gradients | {"activations": first + sum(held), "logits and loss": loss, "gathered weights": gathered}
+def step_moments(model, world_size, zero, optimizer, backward):
+    """Yield the Moments of a step's last micro-batch, of which `backward` are backward_moments(), and the last one.
 
-    elements = 0 if model.tied_embeddings else v * d  # in the bucket
-    growing = element * v * d  # gradients held whole, without DeepSpeed
-    for i in reversed(range(model.n_layers)):
-        kind = model.layer_pattern[i]
-        passes = [("mixer", mixers[kind], mixer_workspace(model, kind, element) * tokens)]
-        if model.d_ff:
-            passes.insert(0, ("mlp", mixers[kind] + mlp, 2 * element * model.d_ff * tokens))
-        for part, alive, workspace in passes:
-            now = kept | gradients
-            now["activations"] = first + sum(held[:i]) + alive
-            now["workspace"] += workspace + 2 * stream  # the gradient of the layer's output and of the part's
-            now["gathered weights"] = gathered
-            n = layer_parameters(model, kind, part)
-            if zero is None:
-                now["gradients"] = growing
-                growing += element * n
-            else:
-                now["buckets"] = bucket_bytes(zero)
-                # the part's own activations and workspace are gone when its last gradient is there
-                done = kept | gradients
-                done["activations"] = first + sum(held[:i]) + (mixers[kind] if part == "mlp" else 0)
-                done["workspace"] += 2 * stream + element * n  # its gradients, until they are in the bucket
-                done["gathered weights"] = gathered
-                full, elements = divmod(elements + n, zero.bucket)
-                done["buckets"] = bucket_bytes(zero) + (sum_bytes(zero, zero.bucket) if full else 0)
-                yield done
-            yield now
-    if zero is not None:
-        last = min(elements + v * d, zero.bucket)  # the embedding's gradient comes last
-        yield kept | gradients | {"buckets": bucket_bytes(zero) + sum_bytes(zero, last), "gathered weights": gathered}
-    yield kept | gradients | step_workspace(model, world_size, zero, optimizer)
+    Gradients are added up in float32: at stages 2 and 3 a process's own part of them, summed over the processes a
+    bucket at a time; at stage 1 all of them, each as it comes (DeepSpeed 0.19.8, bf16_optimizer.py).
+    """
+    n, largest = world_size, model.vocab_size * model.d_model
+    between = standing(model, n, zero, optimizer)
+    if zero.stage == 3:
+        layer = max(sum(o.parameters for o in layer_operations(model, kind)) for kind in set(model.layer_pattern))
+        gathered = 2 * min(model.n_parameters, zero.max_live + layer) if n > 1 else 0
+        between = between._replace(gathered_weights=gathered, buckets=bucket_bytes(zero))
+    stays, buckets, filled = between[:5], between.buckets, 0  # stage 2 makes its buckets for each backward pass
+    for activations, workspace, loss, parameters in backward:
+        if parameters and zero.stage > 1:
+            buckets = bucket_bytes(zero)
+            if filled + parameters > zero.bucket:
+                yield Moment(*stays, buckets + sum_bytes(zero, filled), activations, workspace, loss)
+                filled = 0
+            filled += parameters
+        yield Moment(*stays, buckets, activations, workspace, loss)
+    yield Moment(*stays, buckets + sum_bytes(zero, filled))
+    # DeepSpeed takes each gradient's norm in float64
+    step = 0 if zero.offload else 8 * largest + step_workspace(model, n, zero, optimizer)
+    yield standing(model, n, zero, optimizer)._replace(step=step)
 
 
 def bucket_bytes(zero):
-    """Bytes of DeepSpeed's buckets in the backward pass (setup_buckets): two where they overlap."""
-    if zero.stage == 0:
-        return 0
-    return bucket_element(zero) * zero.bucket * (2 if zero.overlap and zero.stage < 3 else 1)
+    """Bytes of DeepSpeed's buckets in the backward pass: two where they overlap, at stage 2."""
+    return bucket_element(zero) * zero.bucket * (2 if zero.overlap and zero.stage == 2 else 1)
 
 
 def bucket_element(zero):
-    return 2 if zero.bf16 and zero.stage > 1 else 4
+    return 2 if zero.bf16 and zero.stage == 2 else 4
 
 
 def sum_bytes(zero, elements):
-    """Bytes that summing a full bucket over the processes takes: it is laid end to end, and copied to float32."""
-    if zero.stage == 0:
-        return 0
-    laid = bucket_element(zero) if zero.stage < 3 else 0
-    return (laid + (4 if bucket_element(zero) == 2 else 0)) * elements
+    """Bytes that summing a bucket over the processes takes: it is laid end to end and, in bfloat16, put in float32."""
+    return (6 if bucket_element(zero) == 2 else 4) * elements
 
 
 def step_workspace(model, world_size, zero, optimizer):
-    """What the optimizer's step holds beside what stays: {part: bytes}."""
+    """Bytes that the optimizer's own step holds beside what stays."""
     p, n = model.n_parameters, world_size
-    if zero is None or zero.offload:
-        return {}
-    own = 0.0
-    if zero.stage == 1:
-        own = 4 * p / n  # its part of the gradients, laid end to end
-    elif zero.stage == 3:
-        own = 4 * min(zero.sub_group, p / n)
+    own = 4 * min(zero.sub_group, p / n) if zero.stage == 3 else 0
     if optimizer == "muon":
         parts = model.parameters_by_part
         own += 4 * (parts["attention"] + parts["mamba"] + parts["mlp"]) / n  # the update
         own += 24 * model.d_model * max(model.d_ff, model.d_inner)  # Newton-Schulz on the largest matrix
-    return {"step": own}
+    return own
 
 
 def memory_needed(parts, world_size):
@@ -254,7 +210,7 @@ def memory_needed(parts, world_size):
     return sum(parts.values()) * (1 + SLACK_PART) + outside * GIB
 
 
-def largest_micro_batch(model, *, batch_tokens, world_size, zero, recompute, optimizer, memory_gib):
+def largest_micro_batch(model, *, batch_tokens, world_size, zero, recompute, optimizer, memory_gib, fp8=False):
     """The most rows a micro-batch can have on GPUs of memory_gib, among those that divide the batch.
 
     Raises ValueError, in one line, if not even one row fits.
@@ -267,8 +223,9 @@ def largest_micro_batch(model, *, batch_tokens, world_size, zero, recompute, opt
         if per_process % rows:
             continue
         parts = peak_memory(
-            model, world_size=world_size, micro_batch=rows, zero=zero, recompute=recompute, optimizer=optimizer
-        )
+            model, world_size=world_size, micro_batch=rows, zero=zero, recompute=recompute, optimizer=optimizer,
+            fp8=fp8,
+        )  # fmt: skip
         needed = memory_needed(parts, world_size) / GIB
         if needed > memory_gib:
             break
