@@ -2,8 +2,8 @@
 
 times = step_time(setup)      # {part: seconds} of one optimizer step
 
-A roofline (Williams et al., CACM 52, 2009): the efficiencies of products and of each kernel are measured, or assumed, one
-by one; launch/measurements.json holds them and says where each comes from.
+A roofline (Williams et al., CACM 52, 2009): the efficiencies of products and of each kernel are measured, or assumed,
+one by one; launch/measurements.json holds them and says where each comes from.
 """
 
 import json
