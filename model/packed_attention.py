@@ -33,17 +33,17 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    heads: int = 4  # of those that share a key, how many a tile of queries holds, at most
 
 
 class Plan(NamedTuple):
     forward: Tile
     dq: Tile
     dkv: Tile
-    heads: int  # of those that share a key, how many a tile of queries holds, at most
 
 
-HOPPER = Plan(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), heads=4)
-SMALL = Plan(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), heads=4)  # within 100 KB
+HOPPER = Plan(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
+SMALL = Plan(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))  # within 100 KB
 
 
 def plan_for(device):
@@ -91,8 +91,8 @@ class PackedAttention(torch.autograd.Function):
 def forward(q, k, v, packing, scale, plan):
     """y, and log2 of the softmax's denominators (b, h, l) in float32."""
     b, l, h, p = q.shape
-    heads, tile = heads_of_tile(h, k.shape[2], plan), plan.forward
-    rows = tile.queries // heads
+    tile = plan.forward
+    heads, rows = shape_of(tile, h // k.shape[2])
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(b, h, l, device=q.device, dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -108,8 +108,8 @@ def forward(q, k, v, packing, scale, plan):
 def backward_queries(dy, q, k, v, y, lse, packing, scale, plan):
     """The gradient of q, and delta (b, h, l) in float32."""
     b, l, h, p = q.shape
-    heads, tile = heads_of_tile(h, k.shape[2], plan), plan.dq
-    rows = tile.queries // heads
+    tile = plan.dq
+    heads, rows = shape_of(tile, h // k.shape[2])
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
@@ -125,8 +125,8 @@ def backward_queries(dy, q, k, v, y, lse, packing, scale, plan):
 def backward_keys(dy, q, k, v, lse, delta, packing, scale, plan):
     """The gradients of k and v."""
     b, l, h, p = q.shape
-    heads, tile = heads_of_tile(h, k.shape[2], plan), plan.dkv
-    rows = tile.queries // heads
+    tile = plan.dkv
+    heads, rows = shape_of(tile, h // k.shape[2])
     dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
     lse_in, delta_in = (tiles(t[:, None], heads, rows, has_copy_engine(q.device)) for t in (lse, delta))
     with torch.cuda.device_of(q):
@@ -140,10 +140,10 @@ def backward_keys(dy, q, k, v, lse, delta, packing, scale, plan):
     return dk, dv
 
 
-def heads_of_tile(h, n_keys, plan):
-    """How many heads that share a key a tile holds: a power of two that divides their number."""
-    group = h // n_keys
-    return min(group & -group, plan.heads)
+def shape_of(tile, group):
+    """How many heads of the `group` that shares a key a tile of queries holds, and of how many positions."""
+    heads = min(group & -group, tile.heads)  # a power of two that divides their number
+    return heads, tile.queries // heads
 
 
 def query_tiles(x, rows, heads):
@@ -186,7 +186,7 @@ def _packed_attention_kernel(
         largest = larger
         v = load_tile(v_in, v_strides, b, key_head, key, 0, l, P, KEYS, P)
         y = tl.dot(shares.to(v.dtype), v, y * shrink[:, None])
-    y = (y / total[:, None]).to(q.dtype)
+    y = (y * (1 / total)[:, None]).to(q.dtype)
     store_tile(y_out, y_strides, b, head, start, 0, l, P, y, ROWS, P, HEADS)
     to = (b.to(tl.int64) * h + head + row // ROWS) * l + at
     tl.store(lse_ptr + to, largest + tl.log2(total), mask=at < l)
