@@ -34,6 +34,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     heads: int = 4  # of those that share a key, how many a tile of queries holds, at most
+    copies: bool = True  # the copy engine loads its queries: where a program loads them once, pointers leave registers
 
 
 class Plan(NamedTuple):
@@ -97,7 +98,7 @@ def forward(q, k, v, packing, scale, plan):
     lse = torch.empty(b, h, l, device=q.device, dtype=torch.float32)
     with torch.cuda.device_of(q):
         _packed_attention_kernel[(triton.cdiv(l, rows), h // heads, b)](
-            *query_tiles(q, rows, heads), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
+            *query_tiles(q, rows, heads, tile.copies), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
             *query_tiles(y, rows, heads), None if packing is None else packing.positions, lse,
             l, h, h // k.shape[2], scale * LOG2E,
             P=p, HEADS=heads, ROWS=rows, KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.warps,
@@ -114,8 +115,8 @@ def backward_queries(dy, q, k, v, y, lse, packing, scale, plan):
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
         _packed_attention_dq_kernel[(triton.cdiv(l, rows), h // heads, b)](
-            *query_tiles(q, rows, heads), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
-            *query_tiles(y, rows, heads), *query_tiles(dy, rows, heads), *query_tiles(dq, rows, heads),
+            *query_tiles(q, rows, heads, tile.copies), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
+            *query_tiles(y, rows, heads, tile.copies), *query_tiles(dy, rows, heads, tile.copies), *query_tiles(dq, rows, heads),
             None if packing is None else packing.positions, lse, delta, l, h, h // k.shape[2], scale * LOG2E, scale,
             P=p, HEADS=heads, ROWS=rows, KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
@@ -146,8 +147,8 @@ def shape_of(tile, group):
     return heads, tile.queries // heads
 
 
-def query_tiles(x, rows, heads):
-    return tiles(x.transpose(1, 2), rows, x.shape[-1], has_copy_engine(x.device), heads)
+def query_tiles(x, rows, heads, copies=True):
+    return tiles(x.transpose(1, 2), rows, x.shape[-1], copies and has_copy_engine(x.device), heads)
 
 
 def key_tiles(x, keys):
