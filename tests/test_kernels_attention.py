@@ -13,7 +13,7 @@ from model.layers import Packing
 from model.packed_attention import Plan, Tile, packed_attention
 
 TILE = Tile(16, 16, 4, 2)
-PLAN = Plan(TILE, TILE, TILE, heads=4)
+PLAN = Plan(TILE, TILE, TILE)
 ONE, SHORT, LONG = [0], [0, 1, 2, 10, 16, 30], [0, 5, 33]  # where documents begin: on and off the edges of tiles
 TOLERANCE = 2e-2
 
@@ -63,7 +63,7 @@ def test_rows_of_any_length_equal_their_twins(l):
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_tiles_of_other_shapes_equal_their_twins(heads):
     inputs, dy = draw(1, 40, 8, 2, 128, torch.float16)
-    plan = Plan(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2), heads=heads)
+    plan = Plan(Tile(32, 16, 4, 2, heads), Tile(16, 32, 4, 2, heads, copies=False), Tile(32, 16, 4, 2, heads))
     assert_equals_its_twin(inputs, dy, plan, packing=packed(40, LONG))
 
 
