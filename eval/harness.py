@@ -32,7 +32,7 @@ from eval.answers import AnswerFile, answers_folder
 from eval.models import DTYPES, OwnModel, load_model
 from eval.task_data import BENCHMARKS, check_names, check_pins, load_prompts, load_tasks
 from model.choices import choose, mean_scores
-from model.scorer import Scorer
+from model.scorer import Scorer, windows
 from train.exit_codes import leave
 from train.run_dir import write_json
 
@@ -86,22 +86,8 @@ class HarnessLM(TemplateLM):
 
     def _score(self, requests, what):
         """[(nats, greedy)] of the ids from `first` on, for each (ids, first), read in windows."""
-        pieces = [list(windows(*request, self.seq_len)) for request in requests]
-        scores = iter(self.scorer.score([piece for windows_ in pieces for piece in windows_], f"scoring {what}"))
-        rows = [[next(scores) for _ in windows_] for windows_ in pieces]
-        return [(sum(nats for nats, _ in row), all(greedy for _, greedy in row)) for row in rows]
-
-
-def windows(ids, first, seq_len):
-    """Cut ids into (inputs, targets) of at most seq_len inputs; the targets, each id from `first` on once, end them.
-
-    These are lm-eval's rolling windows: the next begins with the token before its first target, and the last is filled
-    up on the left with what has been scored already. Windows, and not one pass through the recurrent state, because
-    attention has never been trained on a position beyond seq_len.
-    """
-    for start in range(first, len(ids), seq_len):
-        end = min(start + seq_len, len(ids))
-        yield ids[max(0, end - seq_len - 1) : end - 1], ids[start:end]
+        texts = [list(windows(*request, self.seq_len)) for request in requests]
+        return self.scorer.score_texts(texts, f"scoring {what}")
 
 
 def score_choices(doc, results):

@@ -48,20 +48,26 @@ def questions_of(name, n_items, data, text):
     scorer, tasks = Scorer(text, batch_size=1), load_tasks(name, data)
     every = [(group, doc_id) for group, task in tasks for doc_id in range(len(task.eval_docs))]
     chosen = set(random.Random(f"{SEED} {name}").sample(every, min(n_items, len(every))))
-    items = [
-        {
+    items = []
+    for item in ask_items(name, scorer, tasks, chosen=chosen):
+        texts, alone = scorer.pieces(item.requests), scorer.pieces(item.unconditional)
+        if any(len(windows) > 1 for windows in texts + alone):
+            continue  # a choice longer than what the model reads at once
+        items.append({
             "group": item.group, "doc_id": item.doc_id, "gold": item.gold if item.choices else None,
             "choices": item.choices, "dropped_shots": item.dropped_shots,
-            "texts": texts(scorer, item.requests), "alone": texts(scorer, item.unconditional),
-        }
-        for item in ask_items(name, scorer, tasks, chosen=chosen)
-    ]  # fmt: skip
+            "texts": [whole(*windows) for windows in texts], "alone": [whole(*windows) for windows in alone],
+        })  # fmt: skip
+    if not items:
+        raise ValueError(f"{name} has no question whose choices fit into {text.seq_len} tokens; leave it out")
     chance = sum(1 / len(item["choices"]) if item["choices"] else 0 for item in items) / len(items)
     return {"metrics": BENCHMARKS[name]["metrics"], "of": len(every), "chance": chance, "items": items}
 
 
-def texts(scorer, requests):
-    return [[inputs + targets[-1:], len(targets)] for inputs, targets in scorer.pieces(requests)]
+def whole(piece):
+    """[ids, how many of the last ones are scored]"""
+    inputs, targets = piece
+    return [inputs + targets[-1:], len(targets)]
 
 
 def main(argv=None):

@@ -1,8 +1,8 @@
 """Causal attention that stays within documents as Triton kernels: model/reference.py's attention of whole rows.
 
-A program takes a tile of queries, of neighbouring positions in neighbouring heads that share their keys, and walks over
-the keys from where the document of its first position begins to its last position: what lies outside is never read, and
-a mask is worked out only where a tile touches the diagonal or the start of a document. With S = scale q k^T:
+A program takes a tile of queries, neighbouring positions of several heads that share their keys, and walks over the
+keys from where the document of its first position begins to its last position: what lies outside is never read, and a
+mask is worked out only where a tile touches the diagonal or the start of a document. With S = scale q k^T:
 
     y_i = sum over j of P_ij v_j,  P_ij = exp(S_ij - lse_i)      j <= i in i's document, lse_i = log sum exp(S_ij)
     dS_ij = P_ij (dy_i . v_j - delta_i),  delta_i = dy_i . y_i
@@ -33,17 +33,18 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    heads: int = 4  # of those that share a key, how many a tile of queries holds, at most
+    copies: bool = True  # the copy engine loads its queries: where a program loads them once, pointers leave registers
 
 
 class Plan(NamedTuple):
     forward: Tile
     dq: Tile
     dkv: Tile
-    heads: int  # of those that share a key, how many a tile of queries holds, at most
 
 
-HOPPER = Plan(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), heads=4)
-SMALL = Plan(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), heads=4)  # within 100 KB
+HOPPER = Plan(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
+SMALL = Plan(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))  # within 100 KB
 
 
 def plan_for(device):
@@ -56,7 +57,7 @@ def plan_for(device):
 
 
 def takes(q, k):
-    """Whether these kernels run attention of q (b, l, h, p) to k (b, l, k, p): what they were written and tested for."""
+    """Whether these kernels run attention of q (b, l, h, p) to k (b, m, k, p): whole rows, on Hopper and newer."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     return half and q.shape[-1] in (64, 128) and q.shape[1] == k.shape[1] and has_copy_engine(q.device)
 
@@ -83,20 +84,21 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         q, k, v, y, lse = ctx.saved_tensors
-        dq, dk, dv = backward(by_rows(dy), q, k, v, y, lse, ctx.packing, ctx.scale, ctx.plan)
-        return dq, dk, dv, None, None, None
+        dy, settings = dy.contiguous(), (ctx.packing, ctx.scale, ctx.plan)
+        dq, delta = backward_queries(dy, q, k, v, y, lse, *settings)
+        return dq, *backward_keys(dy, q, k, v, lse, delta, *settings), None, None, None
 
 
 def forward(q, k, v, packing, scale, plan):
     """y, and log2 of the softmax's denominators (b, h, l) in float32."""
     b, l, h, p = q.shape
-    heads, tile = heads_of_tile(h, k.shape[2], plan), plan.forward
-    rows = tile.queries // heads
+    tile = plan.forward
+    heads, rows = shape_of(tile, h // k.shape[2])
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(b, h, l, device=q.device, dtype=torch.float32)
     with torch.cuda.device_of(q):
         _packed_attention_kernel[(triton.cdiv(l, rows), h // heads, b)](
-            *query_tiles(q, rows, heads), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
+            *query_tiles(q, rows, heads, tile.copies), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
             *query_tiles(y, rows, heads), None if packing is None else packing.positions, lse,
             l, h, h // k.shape[2], scale * LOG2E,
             P=p, HEADS=heads, ROWS=rows, KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.warps,
@@ -104,42 +106,49 @@ def forward(q, k, v, packing, scale, plan):
     return y, lse
 
 
-def backward(dy, q, k, v, y, lse, packing, scale, plan):
-    """The gradients of q, k and v."""
+def backward_queries(dy, q, k, v, y, lse, packing, scale, plan):
+    """The gradient of q, and delta (b, h, l) in float32."""
     b, l, h, p = q.shape
-    n_keys = k.shape[2]
-    heads, tile = heads_of_tile(h, n_keys, plan), plan.dq
-    rows = tile.queries // heads
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    tile = plan.dq
+    heads, rows = shape_of(tile, h // k.shape[2])
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
         _packed_attention_dq_kernel[(triton.cdiv(l, rows), h // heads, b)](
-            *query_tiles(q, rows, heads), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
-            *query_tiles(y, rows, heads), *query_tiles(dy, rows, heads), *query_tiles(dq, rows, heads),
-            None if packing is None else packing.positions, lse, delta, l, h, h // n_keys, scale * LOG2E, scale,
+            *query_tiles(q, rows, heads, tile.copies), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
+            *query_tiles(y, rows, heads, tile.copies), *query_tiles(dy, rows, heads, tile.copies), *query_tiles(dq, rows, heads),
+            None if packing is None else packing.positions, lse, delta, l, h, h // k.shape[2], scale * LOG2E, scale,
             P=p, HEADS=heads, ROWS=rows, KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-        tile = plan.dkv
-        rows = tile.queries // heads
-        lse_in, delta_in = (tiles(t[:, None], heads, rows, has_copy_engine(q.device)) for t in (lse, delta))
-        _packed_attention_dkv_kernel[(triton.cdiv(l, tile.keys), n_keys, b)](
+    return dq, delta
+
+
+def backward_keys(dy, q, k, v, lse, delta, packing, scale, plan):
+    """The gradients of k and v."""
+    b, l, h, p = q.shape
+    tile = plan.dkv
+    heads, rows = shape_of(tile, h // k.shape[2])
+    dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
+    lse_in, delta_in = (tiles(t[:, None], heads, rows, has_copy_engine(q.device)) for t in (lse, delta))
+    with torch.cuda.device_of(q):
+        _packed_attention_dkv_kernel[(triton.cdiv(l, tile.keys), k.shape[2], b)](
             *query_tiles(q, rows, heads), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
             *query_tiles(dy, rows, heads), *key_tiles(dk, tile.keys), *key_tiles(dv, tile.keys),
             lse_in[0], *delta_in, None if packing is None else packing.ends,
-            l, h, h // n_keys, scale * LOG2E, scale,
+            l, h, h // k.shape[2], scale * LOG2E, scale,
             P=p, HEADS=heads, ROWS=rows, KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-    return dq, dk, dv
+    return dk, dv
 
 
-def heads_of_tile(h, n_keys, plan):
-    """How many heads that share a key a tile holds: a power of two that divides their number."""
-    group = h // n_keys
-    return min(group & -group, plan.heads)
+def shape_of(tile, group):
+    """How many heads of the `group` that shares a key a tile of queries holds, and of how many positions."""
+    heads = min(group & -group, tile.heads)  # a power of two that divides their number
+    return heads, tile.queries // heads
 
 
-def query_tiles(x, rows, heads):
-    return tiles(x.transpose(1, 2), rows, x.shape[-1], has_copy_engine(x.device), heads)
+def query_tiles(x, rows, heads, copies=True):
+    return tiles(x.transpose(1, 2), rows, x.shape[-1], copies and has_copy_engine(x.device), heads)
 
 
 def key_tiles(x, keys):
@@ -178,7 +187,7 @@ def _packed_attention_kernel(
         largest = larger
         v = load_tile(v_in, v_strides, b, key_head, key, 0, l, P, KEYS, P)
         y = tl.dot(shares.to(v.dtype), v, y * shrink[:, None])
-    y = (y / total[:, None]).to(q.dtype)
+    y = (y * (1 / total)[:, None]).to(q.dtype)
     store_tile(y_out, y_strides, b, head, start, 0, l, P, y, ROWS, P, HEADS)
     to = (b.to(tl.int64) * h + head + row // ROWS) * l + at
     tl.store(lse_ptr + to, largest + tl.log2(total), mask=at < l)

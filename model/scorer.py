@@ -125,17 +125,23 @@ class Scorer:
         new = [request for request in theirs or () if request not in known]
         known |= zip(new, self.pieces(new, count=False), strict=True)
         asked = requests if theirs is None else theirs
-        self.forward_tokens_hf += sum(map(len, {tuple(known[request][0]) for request in asked}))
+        self.forward_tokens_hf += sum(map(len, {tuple(inputs) for request in asked for inputs, _ in known[request]}))
         self._encoded, self._pairs = {}, {}
-        scores = self.score(pieces, what)
-        return [Answer(*score, len(targets)) for score, (_, targets) in zip(scores, pieces, strict=True)]
+        scores = self.score_texts(pieces, what)
+        n_tokens = [sum(len(targets) for _, targets in parts) for parts in pieces]
+        return [Answer(*score, n) for score, n in zip(scores, n_tokens, strict=True)]
 
     def pieces(self, requests, count=True):
-        """[(inputs, targets)] of each (context, continuation); count: add those that were cut to n_truncated."""
+        """The windows of each (context, continuation), most often one; count: add those cut to n_truncated."""
         pairs = [self.encode_pair(*request) for request in requests]
+        for (_, after), (_, continuation) in zip(pairs, requests, strict=True):
+            if not after:
+                raise ValueError(
+                    f"the continuation {continuation!r} adds no token to its context, so it cannot be scored"
+                )
         if count:
             self.n_truncated += sum(len(before) + len(after) > self.model.seq_len + 1 for before, after in pairs)
-        return [self.cut(*pair, request[1]) for pair, request in zip(pairs, requests, strict=True)]
+        return [list(windows(before + after, len(before), self.model.seq_len)) for before, after in pairs]
 
     def encode_pair(self, context, continuation):
         """(context ids, continuation ids) by lm-eval's rule: spaces at the end of the context go to the continuation.
@@ -159,17 +165,13 @@ class Scorer:
         context_ids, target_ids = self.encode_pair(context, continuation)
         return len(context_ids) + len(target_ids) <= self.model.seq_len + 1
 
-    def cut(self, context_ids, target_ids, continuation):
-        """(inputs, targets) of one request; the inputs are the last seq_len of all tokens but the very last."""
-        if not target_ids:
-            raise ValueError(f"the continuation {continuation!r} adds no token to its context, so it cannot be scored")
-        if len(target_ids) > self.model.seq_len:
-            raise ValueError(
-                f"a continuation of {len(target_ids):,} tokens is longer than the model's {self.model.seq_len:,}"
-            )
-        return (context_ids + target_ids)[-(self.model.seq_len + 1) : -1], target_ids
-
     # ---- log-probabilities
+
+    def score_texts(self, texts, what="scoring"):
+        """[(nats, greedy)] of texts of one or more pieces (see score) each."""
+        scores = iter(self.score([piece for pieces in texts for piece in pieces], what))
+        parts = [[next(scores) for _ in pieces] for pieces in texts]
+        return [(sum(nats for nats, _ in part), all(greedy for _, greedy in part)) for part in parts]
 
     def score(self, pieces, what="scoring"):
         """[(nats, greedy)] of each (inputs, targets): the targets are predicted by the last inputs.
@@ -372,6 +374,18 @@ class WritingJob:
     @property
     def sha256(self):
         return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+
+
+def windows(ids, first, seq_len):
+    """Cut ids into (inputs, targets) of at most seq_len inputs; the targets, each id from `first` on once, end them.
+
+    These are lm-eval's rolling windows: the next begins with the token before its first target, and the last is filled
+    up on the left with what has been scored already. Windows, and not one pass through the recurrent state, because
+    attention has never been trained on a position beyond seq_len.
+    """
+    for start in range(first, len(ids), seq_len):
+        end = min(start + seq_len, len(ids))
+        yield ids[max(0, end - seq_len - 1) : end - 1], ids[start:end]
 
 
 def owners(jobs, n_ranks):

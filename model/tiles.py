@@ -30,8 +30,8 @@ def has_copy_engine(device):
 def tiles(tensor, rows, columns, copies=True, heads=1):
     """A tensor of four dimensions in tiles of its last two, as load_tile takes it: what it is, and its strides.
 
-    copies: by the copy engine, where the strides are whole multiples of 16 bytes; then there are no strides. heads: how
-    many neighbours in the second dimension a tile has, one below the other.
+    copies: by the copy engine, where the strides are whole multiples of 16 bytes; then there are no strides.
+    heads: how many neighbours in the second dimension a tile has, one below the other.
     """
     each = 16 // tensor.element_size()
     if tensor.stride(-1) != 1:

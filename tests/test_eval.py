@@ -17,8 +17,9 @@ from small_run import make_data, make_model, make_run, make_text
 from curation.shards import file_sha256, read_manifest, write_manifest
 from curation.tokenizer import load_tokenizer, train_tokenizer
 from eval import sample, scoreboard
-from eval.harness import HarnessLM, build_tasks, score_choices, windows
+from eval.harness import HarnessLM, build_tasks, score_choices
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
+from model.scorer import windows
 from train.checkpoint import load_checkpoint
 
 

@@ -12,7 +12,7 @@ from curation.tokenizer import load_tokenizer
 from eval.models import HFModel, OwnModel, load_model
 from model.export import export
 from model.generate import generate
-from model.scorer import Scorer, batches, build_tree, cut_into_jobs, owners
+from model.scorer import Scorer, batches, build_tree, cut_into_jobs, owners, windows
 from model.weights import load_checkpoint
 
 LAYERS = {"hybrid": "MAM", "attention": "AA", "mamba": "MM"}
@@ -185,8 +185,19 @@ def test_text_beyond_the_window_loses_its_beginning_and_is_counted(tokenizer):
     nats, _ = read_alone(model.model, (before + after)[-17:], len(after))
     assert answer.nats == pytest.approx(nats, rel=1e-5)
     assert scorer.n_truncated == 1
-    with pytest.raises(ValueError, match="longer than the model's 16"):
-        scorer.loglikelihoods([("a", make_text(6, 60))])
+
+
+def test_continuation_longer_than_the_window_is_scored_whole_in_several(tokenizer):
+    model = own_model(tokenizer, seq_len=16)
+    scorer, request = Scorer(model), ("the", make_text(6, 60))
+    before, after = scorer.encode_pair(*request)
+    assert len(after) > 32
+    [short, answer] = scorer.loglikelihoods([("the", " model"), request])
+    nats = [read_alone(model.model, [*inputs, targets[-1]], len(targets))[0]
+            for inputs, targets in windows(before + after, len(before), 16)]  # fmt: skip
+    assert answer.nats == pytest.approx(sum(nats), rel=1e-5) and answer.n_tokens == len(after)
+    assert short.nats == pytest.approx(Scorer(model).loglikelihoods([("the", " model")])[0].nats, rel=1e-5)
+    assert scorer.n_truncated == 1
 
 
 def test_a_score_that_is_not_finite_is_an_error_wherever_it_arises(tokenizer):
