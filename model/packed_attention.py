@@ -116,7 +116,8 @@ def backward_queries(dy, q, k, v, y, lse, packing, scale, plan):
     with torch.cuda.device_of(q):
         _packed_attention_dq_kernel[(triton.cdiv(l, rows), h // heads, b)](
             *query_tiles(q, rows, heads, tile.copies), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
-            *query_tiles(y, rows, heads, tile.copies), *query_tiles(dy, rows, heads, tile.copies), *query_tiles(dq, rows, heads),
+            *query_tiles(y, rows, heads, tile.copies), *query_tiles(dy, rows, heads, tile.copies),
+            *query_tiles(dq, rows, heads),
             None if packing is None else packing.positions, lse, delta, l, h, h // k.shape[2], scale * LOG2E, scale,
             P=p, HEADS=heads, ROWS=rows, KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
