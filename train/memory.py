@@ -15,7 +15,7 @@ from train.kept import layer_operations
 
 GIB = 2**30
 CHUNK_TOKENS = 4096  # rows of logits at a time, model/cross_entropy.py
-INPUTS = 8 + 8 + 8 + 9  # bytes a token: tokens, targets, document ids, and what model.layers.Packing makes of them
+INPUTS = 8 + 8 + 8 + 13  # bytes a token: tokens, targets, document ids, and what model.layers.Packing makes of them
 CUBLAS_BYTES = 2 * 33 * 2**20  # a workspace of 32 MiB and some for each thread that multiplies: forward and backward
 # Beyond what PyTorch allocates: CUDA's context and loaded kernels; NCCL's buffers with more than one process; and what
 # the allocator reserves in vain, which is assumed: H200s had 2 to 7 GiB of it at peaks of 31 to 132 GiB, by
@@ -82,22 +82,18 @@ class Moment(NamedTuple):
     step: float = 0
 
 
-def peak_memory(
-    model, *, world_size=1, micro_batch, zero, recompute="none", optimizer="adamw", fp8=False, document_tokens=1024
-):
+def peak_memory(model, *, world_size=1, micro_batch, zero, recompute="none", optimizer="adamw", fp8=False):
     """{part: bytes} on each GPU at the fullest moment of a step: the parts' sum is max_memory_allocated.
 
     A step is counted as one of several micro-batches, whose gradients are added up.
     """
-    backward = backward_moments(
-        model, micro_batch=micro_batch, recompute=recompute, element=2 if zero.bf16 else 4, fp8=fp8,
-        document_tokens=document_tokens,
-    )  # fmt: skip
+    element = 2 if zero.bf16 else 4
+    backward = backward_moments(model, micro_batch=micro_batch, recompute=recompute, element=element, fp8=fp8)
     fullest = max(step_moments(model, world_size, zero, optimizer, backward), key=sum)
     return {name.replace("_", " "): size for name, size in fullest._asdict().items()}
 
 
-def backward_moments(model, *, micro_batch, recompute="none", element=2, fp8=False, document_tokens=1024):
+def backward_moments(model, *, micro_batch, recompute="none", element=2, fp8=False):
     """Yield (activations, workspace, logits and loss: bytes; parameters whose gradient has just come, which the
     workspace counts) at the moments of a forward and backward pass that may be the fullest: the loss, and before and
     after each operation of each layer, from the last to the first."""
@@ -107,7 +103,7 @@ def backward_moments(model, *, micro_batch, recompute="none", element=2, fp8=Fal
     inputs = INPUTS * tokens + (stream + 4 * tokens if model.embedding_norm else 0)
     passes = {}
     for kind in set(model.layer_pattern):
-        operations = layer_operations(model, kind, element=element, fp8=fp8, document_tokens=document_tokens)
+        operations = layer_operations(model, kind, element=element, fp8=fp8)
         passes[kind] = layer_moments(operations, tokens, element, stream)
     held = [passes[kind][0][0] if recompute == "none" else stream for kind in model.layer_pattern]
 
