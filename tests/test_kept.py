@@ -1,4 +1,4 @@
-"""What a layer's operations are counted to keep and to hold, against the kernels themselves in Triton's interpreter."""
+"""What a layer's operations are counted to keep and to hold, against the kernels in Triton's interpreter."""
 
 import gc
 import weakref
