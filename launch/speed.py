@@ -201,6 +201,19 @@ def gradient_time(setup, c):
     return (whole * p + own * p / setup.n_gpus) / rate("gradients", setup.gpu, c)
 
 
+def weight_time(setup, c):
+    """Seconds that stage 3 takes of the GPU to put together what it gathered, each time that a layer runs: a weight from
+    its pieces (partition_parameters.py), and the weights of one product (model/fused.py), 4 bytes a parameter each."""
+    if setup.zero.stage < 3:
+        return 0.0
+    model = setup.model
+    together = model.n_parameters if setup.n_gpus > 1 else 0
+    for kind in set(model.layer_pattern):
+        joined = sum(o.parameters for o in layer_operations(model, kind) if o.name == "in_proj")
+        together += model.layer_pattern.count(kind) * joined
+    return (FORWARD_TIMES[setup.recompute] + 1) * 4 * together / rate("element-wise", setup.gpu, c)
+
+
 def optimizer_time(setup, c):
     """Seconds of the optimizer's step, without communication."""
     zero, p, gpu, model = setup.zero, setup.model.n_parameters / setup.n_gpus, setup.gpu, setup.model
@@ -238,7 +251,8 @@ def muon_work(model):
 def step_time(setup):
     """{part: seconds} of one optimizer step. The sum is its wall time."""
     c, n, zero = constants(setup.gpu, setup.others), setup.n_gpus, setup.zero
-    gpu_parts = micro_batch_time(setup, c) | {"gradients": gradient_time(setup, c)}
+    gpu_parts = micro_batch_time(setup, c)
+    gpu_parts |= {"gradients": gradient_time(setup, c), "weights put together": weight_time(setup, c)}
     on_gpu, floor = sum(gpu_parts.values()), launch_time(setup, c)
     parts = {name: seconds * setup.grad_accum for name, seconds in gpu_parts.items()}
     busy = max(on_gpu, floor)

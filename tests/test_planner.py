@@ -10,7 +10,7 @@ import pytest
 from launching import ROOT
 
 from launch import check
-from launch.estimate import estimate, main, make_parser, make_request
+from launch.estimate import ERRORS, estimate, main, make_parser, make_request
 from launch.measure import DEFAULTS, POINTS, name_of, write_measurements
 from launch.plan import Request, command, price_of, prices, rank, scaling, search
 from launch.speed import MEASUREMENTS, Setup, collective_time, constants, measured, step_time
@@ -35,7 +35,7 @@ def test_step_times_are_within_a_tenth_of_an_h200s_but_for_those_named():
     assert misses == TIME_MISSES
     assert len(checked) - len(misses) >= 9
     for point in checked:
-        assert abs(check.compare(point)[3]) < 0.15, point["id"]  # launch/estimate.py says so of the H200
+        assert abs(check.compare(point)[3]) < ERRORS["h200"], point["id"]
 
 
 def test_a_point_that_calibrates_is_not_counted():

@@ -18,7 +18,7 @@ CHUNK_TOKENS = 4096  # rows of logits at a time, model/cross_entropy.py
 INPUTS = 8 + 8 + 8 + 13  # bytes a token: tokens, targets, document ids, and what model.layers.Packing makes of them
 CUBLAS_BYTES = 2 * 33 * 2**20  # a workspace of 32 MiB and some for each thread that multiplies: forward and backward
 # Beyond what PyTorch allocates: CUDA's context and loaded kernels; NCCL's buffers with more than one process; and what
-# the allocator reserves in vain, which is assumed: H200s had 2 to 7 GiB of it at peaks of 31 to 132 GiB, by
+# the allocator reserves in vain, which is assumed: H200s had 2 to 8 GiB of it at peaks of 31 to 132 GiB, by
 # reserved_gib of launch/measurements.json, but where memory is short it gives most of that back.
 CONTEXT_GIB, NCCL_GIB, SLACK_GIB, SLACK_PART = 0.5, 0.7, 0.7, 0.03
 
