@@ -202,8 +202,8 @@ def gradient_time(setup, c):
 
 
 def weight_time(setup, c):
-    """Seconds that stage 3 takes of the GPU to put together what it gathered, each time that a layer runs: a weight from
-    its pieces (partition_parameters.py), and the weights of one product (model/fused.py), 4 bytes a parameter each."""
+    """Seconds that stage 3 takes of the GPU to put together what it gathered, each time that a layer runs: a weight
+    from its pieces (partition_parameters.py), and the weights of one product (model/fused.py), 4 bytes a parameter."""
     if setup.zero.stage < 3:
         return 0.0
     model = setup.model

