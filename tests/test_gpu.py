@@ -427,8 +427,9 @@ def test_model_in_8_bits_equals_itself_on_the_twins(fused, deterministic, monkey
         results.append(gradients)
     plain = run(make_model("fused", torch.bfloat16), tokens(), document_ids(1000), tokens(1))
     for got, want, without in zip(*results, plain, strict=True):
-        # rounded alike, but for sums in another order, which turn a few of the 8-bit numbers
-        assert (got - want).norm() <= 0.7 * (got - without).norm() + 1e-6
+        # rounded alike, but for sums in another order: they turn a few of the 8-bit numbers, and those others behind
+        # them (0.74 was found on an H200); kernels that round otherwise would be 1.4 times as far from their twins
+        assert (got - want).norm() <= 0.9 * (got - without).norm() + 1e-6
 
 
 # ---- checkpoints
