@@ -5,8 +5,8 @@
 
 Prints the seconds and tokens of ours, task by task, HumanEval's programs run in their sandbox. Then `hf` is asked some
 of the items (--hf-limit of each task, drawn by a seed), from the export of the same weights: how many it answers
-otherwise, the seconds of its model, and what these come to for the whole set, in proportion to tokens; what lm-eval
-does around its model is left out. Exits 1 if an answer differs in float32; in bfloat16 close choices may. `hf` is not
+otherwise, the seconds of its model, and what these come to for the whole set, in proportion to tokens; its start, and
+what lm-eval does around its model, are left out. Exits 1 if an answer differs in float32; in bfloat16 close choices may. `hf` is not
 asked HumanEval, for which lm-eval needs the Hub. It runs on mamba-ssm and causal-conv1d where they are installed.
 """
 
@@ -117,7 +117,7 @@ def show(name, n, seconds, tokens, hf_tokens):
 def ask_both(rows, lm, *, data, limit, folder):
     """Ask lm-eval's model `limit` items of each task, print a line each; {task: {"items", "different" ...}}.
 
-    It is asked a few items first, for kernels may be compiled then.
+    It is asked twice, and the second time counts: at first, kernels are compiled and plans made for each shape.
     """
     print(f"{'hf':15} {'items':>6} {'different':>9} {'seconds':>8} {'tokens':>9} {'whole set':>10} {'ours':>8}")
     found = {}
@@ -125,9 +125,8 @@ def ask_both(rows, lm, *, data, limit, folder):
         ours = read_samples(folder / "samples" / f"{name}.jsonl")
         if limit is not None and limit < len(ours):
             ours = [ours[i] for i in sorted(random.Random(f"{SEED} {name}").sample(range(len(ours)), limit))]
-        if not found:
-            ask_hf(lm, name, data, ours[:4])
-        theirs, tokens, seconds = ask_hf(lm, name, data, ours)
+        for _ in range(2):
+            theirs, tokens, seconds = ask_hf(lm, name, data, ours)
         # where we drop shots, lm-eval cuts the prompt's beginning off: other questions
         pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if not a["dropped_shots"]]
         found[name] = {

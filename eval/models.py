@@ -34,7 +34,6 @@ from curation.shards import file_sha256
 from curation.tokenizer import load_tokenizer
 from model.config import PRESETS
 from model.decode import Decoder
-from model.generate import prefill
 from model.scorer import BATCH_SIZE, MAX_LOGITS, padded, rows_that_fit, to_device
 from model.weights import MANIFEST, load_checkpoint
 
@@ -154,7 +153,9 @@ class OwnModel(OwnText):
     @torch.inference_mode()
     def write(self, prompts, n_tokens, until):
         """[ids] after each prompt: of any lengths, but not of one token among longer ones."""
-        state = None if len(prompts[0]) == 1 else prefill(self.model, [prompt[:-1] for prompt in prompts])[1]
+        state = None
+        if len(prompts[0]) > 1:
+            _, state = self.read([prompt[:-1] for prompt in prompts], None, [], keep=True)
         self.decoder.start(state, room=max(n_tokens), n_rows=len(prompts))
         tokens = to_device([prompt[-1] for prompt in prompts], self.device)
         written, rows = [[] for _ in prompts], list(range(len(prompts)))

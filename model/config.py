@@ -156,6 +156,11 @@ class ModelConfig:
         }
 
     @property
+    def largest_parameter(self):
+        """Elements of the largest weight."""
+        return self.d_model * max(self.vocab_size, self.d_ff, self.d_inner)
+
+    @property
     def n_parameters(self):
         return sum(self.parameters_by_part.values())
 

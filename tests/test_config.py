@@ -9,6 +9,7 @@ from test_train import config, plan
 from torch import distributed as dist
 
 from model.config import PRESETS
+from model.hybrid import HybridLM
 from train.config import LENGTHS, RUN_PRESETS, SIZE_DEFAULTS, TrainConfig, flag, make_config, make_plan
 from train.engine import ROOT, complete_ds_config, read_ds_config
 from train.launch import main
@@ -187,6 +188,18 @@ def test_removed_keys_and_wrong_combinations_are_refused_with_the_reason(tmp_pat
         read_ds_config(ds_json(tmp_path, **changes))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_bucket_holds_the_largest_gradient(stage):
+    """DeepSpeed frees a larger one while another stream still reads it."""
+    settings = read_ds_config(f"ds_configs/zero{stage}.json")
+    for size in ("1.3B", "6.7B", "13B"):
+        made = make_plan(config(size=size), vocab_size=50_304, n_tokens=10**11, world_size=1)
+        bucket = complete_ds_config(settings, made, config())["zero_optimization"]["reduce_bucket_size"]
+        assert bucket == max(200_000_000, 50_304 * made.model.d_model)
+    network = HybridLM(PRESETS["tiny"])
+    assert PRESETS["tiny"].largest_parameter == max(p.numel() for p in network.parameters())
 
 
 def test_hierarchical_partitions_must_divide_the_processes():

@@ -120,12 +120,22 @@ def test_questions_are_drawn_the_same_every_time(questions, benchmarks, data, tm
     assert len({item["group"] for item in mmlu["items"]}) > 5
 
 
+def test_questions_whose_choices_are_longer_than_the_window_are_left_out(questions, benchmarks, data, tmp_path):
+    longest = [max(n for _, n in item["texts"]) for item in read_json(questions)["tasks"]["piqa"]["items"]]
+    window = sorted(longest)[0]
+    assert ask_for(benchmarks, data, tmp_path / "some.json", "--tasks", "piqa", "--seq-len", window) == 0
+    some = read_json(tmp_path / "some.json")["tasks"]["piqa"]
+    assert len(some["items"]) == sum(n <= window for n in longest) < some["of"] == 3
+    assert all(n <= window and len(ids) <= window + 1 for item in some["items"] for ids, n in item["texts"])
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
         (["--tasks", "trivia"], "error: there is no task 'trivia'; tasks: hellaswag"),
         (["--tasks", "humaneval"], "error: humaneval is written, not scored"),
         (["--items", "0"], "error: --items 0 is too small"),
+        (["--seq-len", "1", "--tasks", "piqa"], "error: piqa has no question whose choices fit into 1 tokens"),
         (["--data", "nowhere"], "error: data folder nowhere does not exist"),
     ],
 )

@@ -207,8 +207,14 @@ def complete_ds_config(settings, plan, config, world_size=1):
         )
     if config.optimizer == "adamw8bit" and (settings["zero_optimization"].get("offload_optimizer") or {}):
         raise ValueError("--optimizer adamw8bit steps on the GPU; take offload_optimizer out of --ds-config")
+    zero = dict(settings["zero_optimization"])
+    if stage in (1, 2):
+        # DeepSpeed 0.19.8 reduces a gradient that is larger than the bucket where it lies, on a stream of its own, and
+        # frees it at once: what the backward pass goes on with may overwrite it
+        zero["reduce_bucket_size"] = max(zero.get("reduce_bucket_size", 0), plan.model.largest_parameter)
     return {
         **settings,
+        "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.grad_accum,
         "gradient_clipping": config.clip if stage else 0.0,  # in stage 0 clip_and_keep_norm does it

@@ -98,6 +98,8 @@ def deepspeed_rows(config, plan, ds_config, world_size):
             origin = "stage 0: --clip acts in train/engine.py"
         elif key in OWNED:
             origin = OWNED[key]
+        elif key == "zero_optimization.reduce_bucket_size" and value == plan.model.largest_parameter:
+            origin = "derived: the largest weight"
         elif key == "train_batch_size":
             origin = "derived: --batch-tokens / --seq-len"
         yield key, value, origin
