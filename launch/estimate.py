@@ -26,7 +26,7 @@ CHECKPOINTS = 6  # --keep 5, and the best one
 # How far off the time may be. H200: every point of `python -m launch.check` is within 15 %; H100 and A100: most
 # published figures within 25 %; nothing is known of the others. Evaluation, checkpoints and restarts add a tenth at
 # most, as large runs report goodputs of 91 to 97 %.
-ERRORS = {"h200": 0.15, "h100": 0.25, "a100-80": 0.25, "a100-40": 0.25}
+ERRORS = {"h200": 0.10, "h100": 0.25, "a100-80": 0.25, "a100-40": 0.25}
 ERROR_UNCHECKED, DOWNTIME = 0.4, 0.10
 # Energy: a GPU in training draws most of its board power; the machine around it and the cooling add to it. CO2: the
 # world's electricity, 2023 (Ember, Global Electricity Review 2024).

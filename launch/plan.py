@@ -168,7 +168,7 @@ def memory_of(setup):
     """train.memory.peak_memory of a Setup."""
     return peak_memory(
         setup.model, world_size=setup.n_gpus, micro_batch=setup.micro_batch, zero=setup.zero,
-        recompute=setup.recompute, optimizer=setup.optimizer, fp8=setup.fp8, document_tokens=setup.document_tokens,
+        recompute=setup.recompute, optimizer=setup.optimizer, fp8=setup.fp8,
     )  # fmt: skip
 
 

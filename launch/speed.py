@@ -2,8 +2,8 @@
 
 times = step_time(setup)      # {part: seconds} of one optimizer step
 
-A roofline (Williams et al., CACM 52, 2009): the efficiencies of products and of each
-kernel are measured, or assumed, one by one; launch/measurements.json holds them and says where each comes from.
+A roofline (Williams et al., CACM 52, 2009): the efficiencies of products and of each kernel are measured, or assumed,
+one by one; launch/measurements.json holds them and says where each comes from.
 """
 
 import json
@@ -109,13 +109,6 @@ def layer_work(model, kind, document_tokens, fp8, c):
     return work
 
 
-def weight_traffic(model, kind, fp8):
-    """Bytes of one layer's weights that a micro-batch moves besides the products: those of a product laid end to end,
-    or all of them cast and turned."""
-    operations = layer_operations(model, kind, fp8=fp8)
-    return sum((4 if fp8 else 2) * operation.copies for operation in operations)
-
-
 def rate(operation, gpu, c):
     """FLOP/s or bytes/s of an operation on a GPU; c: its constants."""
     if operation == "products, fp8":
@@ -132,10 +125,12 @@ def micro_batch_time(setup, c):
     for kind in sorted(set(model.layer_pattern)):
         n = model.layer_pattern.count(kind)
         for operation, (ahead, back) in layer_work(model, kind, setup.document_tokens, setup.fp8, c).items():
-            times[operation] += n * tokens * (forward * ahead + back) / rate(operation, gpu, c)
+            seconds = n * tokens * (forward * ahead + back) / rate(operation, gpu, c)
             if operation == "scan":  # a program walks through a row's head; the last of them leave the GPU half empty
-                times[operation] *= 1 + c["scan_programs"] / (setup.micro_batch * model.n_mamba_heads)
-        times["element-wise"] += n * forward * weight_traffic(model, kind, setup.fp8) / rate("element-wise", gpu, c)
+                seconds *= 1 + c["scan_programs"] / (setup.micro_batch * model.n_mamba_heads)
+            times[operation] += seconds
+        weights = sum(operation.copies for operation in layer_operations(model, kind, fp8=setup.fp8))
+        times["element-wise"] += n * forward * 4 * weights / rate("element-wise", gpu, c)  # cast and turned
     d, v = model.d_model, model.vocab_size
     times["loss"] = 6 * d * v * tokens / rate("products", gpu, c)
     times["loss"] += 6 * v * tokens / rate("element-wise", gpu, c)  # logits, read twice, and their gradient
@@ -206,6 +201,19 @@ def gradient_time(setup, c):
     return (whole * p + own * p / setup.n_gpus) / rate("gradients", setup.gpu, c)
 
 
+def weight_time(setup, c):
+    """Seconds that stage 3 takes of the GPU to put together what it gathered, each time that a layer runs: a weight
+    from its pieces (partition_parameters.py), and the weights of one product (model/fused.py), 4 bytes a parameter."""
+    if setup.zero.stage < 3:
+        return 0.0
+    model = setup.model
+    together = model.n_parameters if setup.n_gpus > 1 else 0
+    for kind in set(model.layer_pattern):
+        joined = sum(o.parameters for o in layer_operations(model, kind) if o.name == "in_proj")
+        together += model.layer_pattern.count(kind) * joined
+    return (FORWARD_TIMES[setup.recompute] + 1) * 4 * together / rate("element-wise", setup.gpu, c)
+
+
 def optimizer_time(setup, c):
     """Seconds of the optimizer's step, without communication."""
     zero, p, gpu, model = setup.zero, setup.model.n_parameters / setup.n_gpus, setup.gpu, setup.model
@@ -243,7 +251,8 @@ def muon_work(model):
 def step_time(setup):
     """{part: seconds} of one optimizer step. The sum is its wall time."""
     c, n, zero = constants(setup.gpu, setup.others), setup.n_gpus, setup.zero
-    gpu_parts = micro_batch_time(setup, c) | {"gradients": gradient_time(setup, c)}
+    gpu_parts = micro_batch_time(setup, c)
+    gpu_parts |= {"gradients": gradient_time(setup, c), "weights put together": weight_time(setup, c)}
     on_gpu, floor = sum(gpu_parts.values()), launch_time(setup, c)
     parts = {name: seconds * setup.grad_accum for name, seconds in gpu_parts.items()}
     busy = max(on_gpu, floor)

