@@ -3,11 +3,12 @@
     python -m eval.bench runs/demo/checkpoints/step_0001600 --data data/evals --limit 200
     python -m eval.bench --random 1.3B --tokenizer data/local --data data/evals --dtype bfloat16 --hf-limit 100
 
-Prints the seconds and tokens of ours, task by task, HumanEval's programs run in their sandbox. Then `hf` is asked some
-of the items (--hf-limit of each task, drawn by a seed), from the export of the same weights: how many it answers
+Prints the seconds and tokens of ours, task by task, HumanEval's programs run in their sandbox. Then `hf` is asked
+some of the items (--hf-limit of each task, drawn by a seed), from the export of the same weights: how many it answers
 otherwise, the seconds of its model, and what these come to for the whole set, in proportion to tokens; its start, and
-what lm-eval does around its model, are left out. Exits 1 if an answer differs in float32; in bfloat16 close choices may. `hf` is not
-asked HumanEval, for which lm-eval needs the Hub. It runs on mamba-ssm and causal-conv1d where they are installed.
+what lm-eval does around its model, are left out. Exits 1 if an answer differs in float32; in bfloat16 close choices
+may. `hf` is not asked HumanEval, for which lm-eval needs the Hub. It runs on mamba-ssm and causal-conv1d where they
+are installed.
 """
 
 import argparse

@@ -131,9 +131,9 @@ def products(x, weights):
     """See model/reference.py. A kernel of ours for one token, and for a few where weights would have to be joined."""
     n_rows, half = x.shape[:-1].numel(), x.dtype in (torch.bfloat16, torch.float16)
     ours = n_rows == 1 or (half and len(weights) > 1 and n_rows <= single_token.MAX_ROWS)
-    if torch.is_grad_enabled() or not ours:
-        if len(weights) == 1 or torch.compiler.is_compiling():
-            return reference.products(x, weights)
+    if torch.is_grad_enabled() and len(weights) > 1 and not torch.compiler.is_compiling():
         return SplitProduct.apply(x, *weights)
+    if torch.is_grad_enabled() or not ours:
+        return reference.products(x, weights)
     with torch.cuda.device(x.device):
         return single_token.products(x, weights)
