@@ -7,6 +7,7 @@ python launch/estimate.py --size 2.7B --tokens 50B --budget 20000 --days 14
 import argparse
 import json
 import math
+import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -360,4 +361,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` stops listening, and that is no error
     sys.exit(main())

@@ -50,7 +50,9 @@ def main(argv=None):
     parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (default: 1)")
     parser.add_argument("--data", help="a data folder (default: random tokens, made for this)")
     parser.add_argument("--grad-accum", type=int, default=8, help="micro-batches in a step (default: 8)")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before those that count (default: 2)")
+    parser.add_argument(
+        "--warm-up", type=int, default=5, help="steps before those that count; 8-bit scales take four (default: 5)"
+    )
     parser.add_argument("--steps", type=int, default=5, help="steps that count (default: 5)")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--keep", type=Path, help="a new folder for the run, its trace included (default: deleted)")
