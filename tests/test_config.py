@@ -198,6 +198,9 @@ def test_the_bucket_holds_the_largest_gradient(stage):
         made = make_plan(config(size=size), vocab_size=50_304, n_tokens=10**11, world_size=1)
         bucket = complete_ds_config(settings, made, config())["zero_optimization"]["reduce_bucket_size"]
         assert bucket == max(200_000_000, 50_304 * made.model.d_model)
+    zero = {"stage": stage}  # DeepSpeed's own default
+    completed = complete_ds_config(settings | {"zero_optimization": zero}, plan(), config())
+    assert completed["zero_optimization"]["reduce_bucket_size"] == 500_000_000
     network = HybridLM(PRESETS["tiny"])
     assert PRESETS["tiny"].largest_parameter == max(p.numel() for p in network.parameters())
 

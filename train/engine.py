@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from model.hybrid import HybridLM
 from train.checkpoint import tell_optimizer, torch_optimizer
+from train.memory import bucket_size, zero_of
 from train.optim import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,9 +210,7 @@ def complete_ds_config(settings, plan, config, world_size=1):
         raise ValueError("--optimizer adamw8bit steps on the GPU; take offload_optimizer out of --ds-config")
     zero = dict(settings["zero_optimization"])
     if stage in (1, 2):
-        # DeepSpeed 0.19.8 reduces a gradient that is larger than the bucket where it lies, on a stream of its own, and
-        # frees it at once: what the backward pass goes on with may overwrite it
-        zero["reduce_bucket_size"] = max(zero.get("reduce_bucket_size", 0), plan.model.largest_parameter)
+        zero["reduce_bucket_size"] = bucket_size(zero_of(settings), plan.model)
     return {
         **settings,
         "zero_optimization": zero,

@@ -154,10 +154,9 @@ def step_moments(model, world_size, zero, optimizer, backward):
     Gradients are added up in float32: at stages 2 and 3 a process's own part of them, summed over the processes a
     bucket at a time; at stage 1 all of them, each as it comes (DeepSpeed 0.19.8, bf16_optimizer.py).
     """
-    n, largest = world_size, model.largest_parameter
+    n = world_size
     between = standing(model, n, zero, optimizer)
-    # train/engine.py makes room for the largest gradient
-    bucket = zero.bucket if zero.stage == 3 else max(zero.bucket, largest)
+    bucket = bucket_size(zero, model)
     in_buckets = bucket_element(zero) * bucket * (2 if zero.overlap and zero.stage == 2 else 1)
     if zero.stage == 3:
         layer = max(sum(o.parameters for o in layer_operations(model, kind)) for kind in set(model.layer_pattern))
@@ -174,8 +173,17 @@ def step_moments(model, world_size, zero, optimizer, backward):
         yield Moment(*stays, buckets, activations, workspace, loss)
     yield Moment(*stays, buckets + sum_bytes(zero, filled))
     # DeepSpeed takes each gradient's norm in float64
-    step = 0 if zero.offload else 8 * largest + step_workspace(model, n, zero, optimizer)
+    step = 0 if zero.offload else 8 * model.largest_parameter + step_workspace(model, n, zero, optimizer)
     yield standing(model, n, zero, optimizer)._replace(step=step)
+
+
+def bucket_size(zero, model):
+    """Elements that DeepSpeed reduces at a time: what its JSON says, in stages 1 and 2 at least the largest weight.
+
+    There DeepSpeed 0.19.8 reduces a gradient that is larger than the bucket where it lies, on a stream of its own, and
+    frees it at once: what the backward pass goes on with may overwrite it.
+    """
+    return max(zero.bucket, model.largest_parameter) if zero.stage in (1, 2) else zero.bucket
 
 
 def bucket_element(zero):
