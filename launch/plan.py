@@ -130,7 +130,8 @@ def batch_of(request, n_gpus):
 def choices(request, gpu, n_gpus):
     """Yield a Choice for every arrangement, kind of recomputation and micro-batch that the request leaves open."""
     if request.fp8 and "fp8" not in gpu.dense_tflops:
-        raise ValueError(f"--fp8: {gpu.title} has no 8-bit products; these have: {', '.join(gpus_with_fp8())}")
+        have = ", ".join(name for name, other in GPUS.items() if "fp8" in other.dense_tflops)
+        raise ValueError(f"--fp8: {gpu.title} has no 8-bit products; these have: {have}")
     price = price_of(gpu, spot=request.spot, provider=request.provider)
     batch = batch_of(request, n_gpus)
     for zero_file in [request.zero_file] if request.zero_file else ZERO_FILES:
@@ -158,10 +159,6 @@ def choices(request, gpu, n_gpus):
                 yield choice
                 if not choice.fits:
                     break  # more rows need more
-
-
-def gpus_with_fp8():
-    return [name for name, gpu in GPUS.items() if "fp8" in gpu.dense_tflops]
 
 
 def memory_of(setup):
@@ -213,7 +210,7 @@ def search(request):
         price = price_of(gpu, spot=request.spot, provider=request.provider)
         if not request.gpu and (price is None or price["kind"] == "own"):
             continue
-        if not request.gpu and request.fp8 and gpu.name not in gpus_with_fp8():
+        if not request.gpu and request.fp8 and "fp8" not in gpu.dense_tflops:
             continue
         for n_gpus in counts:
             if n_gpus > gpu.gpus_per_node and gpu.network_gb_s < 1:
@@ -295,7 +292,7 @@ def what_would_give(request, gpu, n_gpus):
         lines.append(f"more GPUs: not even on {COUNTS[-1]:,}, as they share all but what a micro-batch holds")
     for other in sorted(GPUS.values(), key=lambda g: g.memory_gib):
         if other.memory_gib > gpu.memory_gib:
-            if request.fp8 and other.name not in gpus_with_fp8():
+            if request.fp8 and "fp8" not in other.dense_tflops:
                 continue
             fitting, _ = rank(replace(request, batch_tokens=None), other, n_gpus)
             if fitting:
