@@ -1,8 +1,8 @@
 """The operations of model/reference.py on fast GPU kernels, with the same names and signatures.
 
-The mixer, norms, gates, rotation and loss run on Triton kernels of ours, a file each; attention on cuDNN or
-FlashAttention. torch.compile leaves a break in the graph around each autograd function (torch.compiler.disable), so
-that compiled and eager models run the same kernels.
+The mixer, norms, gates, rotation, loss and attention within packed documents run on Triton kernels of ours, a file
+each; other attention on cuDNN or FlashAttention. torch.compile leaves a break in the graph around each autograd
+function (torch.compiler.disable), so that compiled and eager models run the same kernels.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from model.gating import sigmoid_gate, swiglu  # noqa: F401
 from model.layers import as_one
 from model.mixer import mixer  # noqa: F401
 from model.norm import add_rms_norm, rms_norm  # noqa: F401
+from model.packed_attention import packed_attention, takes
 from model.rotary import rotary  # noqa: F401
 from model.scan import ssd  # noqa: F401
 
@@ -35,7 +36,7 @@ except ImportError:
 
 ABOUT = (
     f"Triton {triton.__version__}, attention on cuDNN, "
-    f"packed documents on {'flash-attn' if flash_attn_varlen_func else 'torch.nn.attention.varlen'}"
+    f"packed documents on Triton from Hopper on, else {'flash-attn' if flash_attn_varlen_func else 'varlen_attn'}"
 )
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -49,6 +50,8 @@ def attention(q, k, v, start=None, *, packing=None, scale=None, slopes=None):
         return attention_forward(q, k, v, start, scale)
     if not half or cached or (slopes is not None and not flash_attn_varlen_func):
         return reference.attention(q, k, v, start, packing=packing, scale=scale, slopes=slopes)
+    if packing is not None and slopes is None and takes(q, k):
+        return packed_attention(q, k, v, packing, scale)
     if slopes is None and (packing is None or packing.cu_seqlens.numel() == b + 1):  # one document a row
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         with sdpa_kernel(ATTENTION, set_priority=True):

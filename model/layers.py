@@ -32,6 +32,14 @@ class Packing:
         return (ids[:, :, None] == ids[:, None, :]).tril().unsqueeze(1)
 
     @cached_property
+    def ends(self):
+        """(b, l) int32: the place in the row that follows the last of each position's document."""
+        l = self.starts.shape[1]
+        index = torch.arange(1, l + 1, device=self.starts.device, dtype=torch.int32)
+        last = F.pad(self.starts[:, 1:], (0, 1), value=True)
+        return torch.where(last, index, l).flip(1).cummin(dim=1).values.flip(1)
+
+    @cached_property
     def cu_seqlens(self):
         """(documents + 1,) int32: where each document begins in the rows laid end to end, and where the last ends.
 

@@ -250,6 +250,31 @@ def test_attention_without_gradients_equals_its_twin(fused, l, m, padded):
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("l", LENGTHS)
+@pytest.mark.parametrize("h, k, p", [(4, 4, 64), (8, 2, 128), (6, 2, 128), (4, 1, 64)])
+def test_packed_attention_equals_its_twin(fused, deterministic, h, k, p, l):
+    product = draw(2, l, 8 + (h + 2 * k) * p, dtype=torch.bfloat16)
+
+    def attention(ops):
+        def call(product):
+            q, k_, v = (t.unflatten(-1, (-1, p)) for t in product[..., 8:].split([h * p, k * p, k * p], dim=-1))
+            return ops.attention(q, k_, v, packing=Packing(document_ids(l)))
+
+        return call
+
+    assert_same(attention(fused), attention(reference), [product], torch.bfloat16)
+
+
+def test_packed_attention_repeats_itself_bit_for_bit(fused):
+    q, k, v = (draw(2, 1000, h, 128, dtype=torch.bfloat16, seed=h) for h in (16, 4, 5))
+    packing = Packing(document_ids(1000))
+    inputs = [q, k, v[:, :, :4]]
+    first = results(partial(fused.attention, packing=packing), inputs, torch.bfloat16)
+    for _ in range(5):
+        again = results(partial(fused.attention, packing=packing), inputs, torch.bfloat16)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize("vocab", [512, 50304])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 63, 5000])
@@ -540,6 +565,13 @@ def test_recomputation_changes_no_bit(fused, exact, dtype):
         strict=True,
     ):
         assert torch.equal(whole, again)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="Hopper on")
+def test_gradients_of_the_model_repeat_themselves_bit_for_bit(fused):
+    model = make_model("fused", torch.bfloat16)
+    first, again = (run(model, tokens(), document_ids(1000), tokens(1)) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 def test_decoding_equals_the_forward_pass(fused):

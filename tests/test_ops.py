@@ -174,10 +174,11 @@ def test_packing_counts_documents_from_0_and_finds_their_edges():
     assert packing.document_ids.tolist() == [[0, 0, 1, 1, 2], [0, 1, 1, 1, 1]]
     assert packing.positions.tolist() == [[0, 1, 0, 1, 0], [0, 0, 1, 2, 3]]
     assert packing.cu_seqlens.tolist() == [0, 2, 4, 5, 6, 10]
+    assert packing.ends.tolist() == [[2, 2, 4, 4, 5], [1, 5, 5, 5, 5]]
     assert packing.mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1],
     ]  # fmt: skip
-    assert packing.document_ids.dtype == packing.cu_seqlens.dtype == torch.int32
+    assert packing.document_ids.dtype == packing.cu_seqlens.dtype == packing.ends.dtype == torch.int32
 
 
 def test_convolution_with_a_state_and_documents_shows_the_state_to_the_first_alone():
