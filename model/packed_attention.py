@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.launching import launch, remembered
 from model.tiles import by_rows, has_copy_engine, load_tile, store_tile, tiles
 
 LOG2E = 1.4426950408889634
@@ -75,7 +76,7 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, packing, scale, plan):
         q, k, v = (by_rows(t) for t in (q, k, v))
-        y, lse = forward(q, k, v, packing, scale, plan)
+        y, lse = forward(q, k, v, None if packing is None else packing.positions, scale, plan)
         ctx.save_for_backward(q, k, v, y, lse)
         ctx.packing, ctx.scale, ctx.plan = packing, scale, plan
         return y
@@ -83,12 +84,12 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         q, k, v, y, lse = ctx.saved_tensors
-        dy, settings = dy.contiguous(), (ctx.packing, ctx.scale, ctx.plan)
-        dq, delta = backward_queries(dy, q, k, v, y, lse, *settings)
-        return dq, *backward_keys(dy, q, k, v, lse, delta, *settings), None, None, None
+        positions, ends = (None, None) if ctx.packing is None else (ctx.packing.positions, ctx.packing.ends)
+        return *backward(dy, q, k, v, y, lse, positions, ends, ctx.scale, ctx.plan), None, None, None
 
 
-def forward(q, k, v, packing, scale, plan):
+@remembered
+def forward(q, k, v, positions, scale, plan):
     """y, and log2 of the softmax's denominators (b, h, l) in float32."""
     b, l, h, p = q.shape
     tile = plan.forward
@@ -96,16 +97,25 @@ def forward(q, k, v, packing, scale, plan):
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(b, h, l, device=q.device, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _packed_attention_kernel[(triton.cdiv(l, rows), h // heads, b)](
+        launch(
+            _packed_attention_kernel, (triton.cdiv(l, rows), h // heads, b),
             *query_tiles(q, rows, heads, copies=False), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
-            *query_tiles(y, rows, heads), None if packing is None else packing.positions, lse,
+            *query_tiles(y, rows, heads), positions, lse,
             l, h, h // k.shape[2], scale * LOG2E,
             P=p, HEADS=heads, ROWS=rows, KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return y, lse
 
 
-def backward_queries(dy, q, k, v, y, lse, packing, scale, plan):
+@remembered
+def backward(dy, q, k, v, y, lse, positions, ends, scale, plan):
+    """The gradients of q, k and v."""
+    dy = dy.contiguous()
+    dq, delta = backward_queries(dy, q, k, v, y, lse, positions, scale, plan)
+    return dq, *backward_keys(dy, q, k, v, lse, delta, ends, scale, plan)
+
+
+def backward_queries(dy, q, k, v, y, lse, positions, scale, plan):
     """The gradient of q, and delta (b, h, l) in float32."""
     b, l, h, p = q.shape
     tile = plan.dq
@@ -113,17 +123,18 @@ def backward_queries(dy, q, k, v, y, lse, packing, scale, plan):
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
-        _packed_attention_dq_kernel[(triton.cdiv(l, rows), h // heads, b)](
+        launch(
+            _packed_attention_dq_kernel, (triton.cdiv(l, rows), h // heads, b),
             *query_tiles(q, rows, heads, copies=False), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
             *query_tiles(y, rows, heads, copies=False), *query_tiles(dy, rows, heads, copies=False),
             *query_tiles(dq, rows, heads),
-            None if packing is None else packing.positions, lse, delta, l, h, h // k.shape[2], scale * LOG2E, scale,
+            positions, lse, delta, l, h, h // k.shape[2], scale * LOG2E, scale,
             P=p, HEADS=heads, ROWS=rows, KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return dq, delta
 
 
-def backward_keys(dy, q, k, v, lse, delta, packing, scale, plan):
+def backward_keys(dy, q, k, v, lse, delta, ends, scale, plan):
     """The gradients of k and v."""
     b, l, h, p = q.shape
     tile = plan.dkv
@@ -131,10 +142,11 @@ def backward_keys(dy, q, k, v, lse, delta, packing, scale, plan):
     dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
     lse_in, delta_in = (tiles(t[:, None], heads, rows, has_copy_engine(q.device)) for t in (lse, delta))
     with torch.cuda.device_of(q):
-        _packed_attention_dkv_kernel[(triton.cdiv(l, tile.keys), k.shape[2], b)](
+        launch(
+            _packed_attention_dkv_kernel, (triton.cdiv(l, tile.keys), k.shape[2], b),
             *query_tiles(q, rows, heads), *key_tiles(k, tile.keys), *key_tiles(v, tile.keys),
             *query_tiles(dy, rows, heads), *key_tiles(dk, tile.keys), *key_tiles(dv, tile.keys),
-            lse_in[0], *delta_in, None if packing is None else packing.ends,
+            lse_in[0], *delta_in, ends,
             l, h, h // k.shape[2], scale * LOG2E, scale,
             P=p, HEADS=heads, ROWS=rows, KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip

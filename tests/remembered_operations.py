@@ -2,7 +2,8 @@
 
 import torch
 
-from model import fp8_kernels, gating, mixer, norm, rotary
+from model import fp8_kernels, gating, mixer, norm, packed_attention, rotary
+from model.layers import Packing
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 H, P, N, G = 2, 16, 16, 1
@@ -35,6 +36,16 @@ class Drawn:
         _, _, *kept = mixer.mixer_forward.__wrapped__(*inputs, G, 1e-5, ids, None, None)
         return self(1, self.l, H * P), *inputs, *kept, ids, None, None
 
+    def attention(self):
+        sizes = (1, self.l, 4, 64), (1, self.l, 2, 64), (1, self.l, 2, 64)
+        q, k, v = (self(*size, dtype=torch.bfloat16) for size in sizes)
+        return q, k, v, Packing(self.documents(True)), 0.1, packed_attention.SMALL
+
+    def backward_of_attention(self):
+        q, k, v, packing, scale, plan = self.attention()
+        y, lse = packed_attention.forward.__wrapped__(q, k, v, packing.positions, scale, plan)
+        return self(*q.shape, dtype=torch.bfloat16), q, k, v, y, lse, packing.positions, packing.ends, scale, plan
+
     def scales(self, n=1):
         return [self(1, dtype=torch.float32)[0].abs() for _ in range(n)]
 
@@ -54,6 +65,11 @@ OPERATIONS = {
     "swiglu backward": (gating.swiglu_backward, lambda draw: (*draw.rows(), draw.rows()[0][..., :16])),
     "gate": (gating.gate_forward, lambda draw: draw.rows(2)),
     "gate backward": (gating.gate_backward, lambda draw: draw.rows(3)),
+    "attention": (
+        packed_attention.forward,
+        lambda draw: [arg.positions if isinstance(arg, Packing) else arg for arg in draw.attention()],
+    ),
+    "attention backward": (packed_attention.backward, lambda draw: draw.backward_of_attention()),
     "rotation": (
         rotary.turn,
         lambda draw: (
