@@ -42,8 +42,8 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, document_ids, initial_state = ctx.saved_tensors
-        dx, dweight, dbias, dinitial = conv_backward(dy, x, weight, bias, document_ids, initial_state)
-        return dx, dweight, dbias, None, dinitial
+        dx, sums, dinitial = conv_backward(dy, x, weight, bias, document_ids, initial_state)
+        return dx, sums[:-1].mT.to(weight.dtype), sums[-1].to(bias.dtype), None, dinitial
 
 
 def conv_forward(x, weight, bias, document_ids=None, initial_state=None, config=FORWARD):
@@ -61,8 +61,11 @@ def conv_forward(x, weight, bias, document_ids=None, initial_state=None, config=
     return y
 
 
-def conv_backward(dy, x, weight, bias, document_ids=None, initial_state=None, dx=None, config=BACKWARD):
-    """Gradients of x, weight, bias and initial_state (or None). dx (b, l, d): where to put the first, if given."""
+def conv_backward(dy, x, weight, bias, document_ids=None, initial_state=None, dx=None, sums_out=None, config=BACKWARD):
+    """Gradients of x, of weight by columns and of bias in one, (w + 1, d) in float32, and of initial_state (or None).
+
+    dx (b, l, d), sums_out: where to put the first and the second, if given.
+    """
     b, l, d = x.shape
     width = weight.shape[1]
     x, dy, ids, before = by_rows(x), by_rows(dy), contiguous(document_ids), contiguous(initial_state)
@@ -78,8 +81,7 @@ def conv_backward(dy, x, weight, bias, document_ids=None, initial_state=None, dx
             *dy.stride()[:2], *x.stride()[:2], *dx.stride()[:2],
             PACKED=ids is not None, CARRIED=before is not None, WIDTH=width, **config,
         )  # fmt: skip
-    sums = sums.sum(dim=(0, 1))
-    return dx, sums[:width].mT.to(weight.dtype), sums[width].to(bias.dtype), dbefore
+    return dx, torch.sum(sums, (0, 1), out=sums_out), dbefore
 
 
 def contiguous(x):

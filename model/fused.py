@@ -85,7 +85,7 @@ class SplitProduct(torch.autograd.Function):
         dx = (dy @ joined(weights)).view(x.shape) if ctx.needs_input_grad[0] else None
         dweights = [None] * len(weights)
         if any(ctx.needs_input_grad[1:]):
-            dweights = (dy.t() @ rows).split([len(weight) for weight in weights])
+            dweights = (dy.t() @ rows).split([weight.shape[0] for weight in weights])
         return dx, *dweights
 
 

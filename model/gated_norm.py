@@ -33,7 +33,8 @@ class GatedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return *norm_backward(dy, *ctx.saved_tensors), None, None
+        dx, dz, dweight = norm_backward(dy, *ctx.saved_tensors)
+        return dx, dz, dweight.to(ctx.saved_tensors[2].dtype), None, None
 
 
 def norm_forward(x, z, weight, n_groups, eps, config=FORWARD):
@@ -52,8 +53,11 @@ def norm_forward(x, z, weight, n_groups, eps, config=FORWARD):
     return y, scales
 
 
-def norm_backward(dy, x, z, weight, scales, dz=None, config=BACKWARD):
-    """Gradients of x, z and weight. dz (b, l, d): where to put the second, if given; its rows may lie apart."""
+def norm_backward(dy, x, z, weight, scales, dz=None, dweight=None, config=BACKWARD):
+    """Gradients of x, of z and, in float32, of weight.
+
+    dz (b, l, d), whose rows may lie apart, and dweight: where to put the second and the third, if given.
+    """
     (b, l, d), g = x.shape, scales.shape[-1]
     dx = torch.empty(b, l, d, device=x.device, dtype=x.dtype)
     if dz is None:
@@ -68,7 +72,7 @@ def norm_backward(dy, x, z, weight, scales, dz=None, config=BACKWARD):
             dy, x, z, weight, scales, dx, dz_rows, dweights, b * l, d // g,
             dy.stride(0), x.stride(0), z.stride(0), dz_rows.stride(0), **config,
         )  # fmt: skip
-    return dx, dz, dweights.sum(0).to(weight.dtype)
+    return dx, dz, torch.sum(dweights, 0, out=dweight)
 
 
 def fitting(config, n, group, element):

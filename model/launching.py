@@ -59,7 +59,7 @@ def remembered(function):
 
 def kind(tensor):
     """All of a tensor that decides what is done with it; 16 bytes is the alignment that Triton looks at."""
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15, tensor.device
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0, tensor.device
 
 
 def launch(kernel, grid, *args, **constants):
@@ -103,9 +103,7 @@ class Tape:
 
     def __init__(self, args, events, result):
         self.given = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
-        self.known = [
-            (args[i], place, 0) for place, i in enumerate(self.given)
-        ]  # a tensor, its place, bytes behind it
+        self.known = [(args[i], place, 0) for place, i in enumerate(self.given)]  # place, and bytes behind its start
         self.made, self.room, self.steps = len(self.given) + 1, 0, []
         self.many = isinstance(result, tuple)
         results = result if self.many else (result,)

@@ -54,17 +54,17 @@ def as_one(weights):
 
     An optimizer that shards its work (ZeRO-1, ZeRO-2) lays all of a group's parameters so, in their order.
     """
-    first, k, end = weights[0], weights[0].shape[1], weights[0].data_ptr()
+    first, n, end = weights[0], 0, weights[0].data_ptr()
     if end % 16:
         return None  # a product's kernel would be another
     for weight in weights:
         if weight.data_ptr() != end or not weight.is_contiguous():
             return None
-        end += weight.numel() * weight.element_size()
+        n, end = n + weight.shape[0], end + weight.nbytes
     memory = first.untyped_storage()
     if end > memory.data_ptr() + memory.nbytes():
         return None  # neighbours by chance
-    return first.detach().as_strided((sum(map(len, weights)), k), (k, 1))
+    return first.detach().as_strided((n, first.shape[1]), (first.shape[1], 1))
 
 
 class Linear(nn.Linear):

@@ -12,7 +12,7 @@ import triton.language as tl
 from model.convolution import conv_backward, conv_forward, last_inputs, sigmoid
 from model.gated_norm import norm_backward, norm_forward
 from model.launching import launch, remembered
-from model.scan import BACKWARD_CHUNK, decays, document_starts, entering_states, scan
+from model.scan import BACKWARD_CHUNK, _softplus, decays, document_starts, entering_states, scan
 from model.scan_backward import scan_backward
 from model.tiles import in_rows
 
@@ -58,9 +58,8 @@ def mixer_forward(
     z, xBC, dt = zxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
     fed = conv_forward(xBC, conv_weight, conv_bias, document_ids, conv_state)
     x, B, C = by_head(fed, A_log, norm_weight, n_groups)
-    dt, A = rates(dt, dt_bias, A_log)
     first = document_starts(document_ids, BACKWARD_CHUNK)
-    y, last = scan(x, dt, A, B, C, D, document_ids, ssm_state, first=first)
+    y, last = scan(x, dt, A_log, B, C, D, document_ids, ssm_state, first=first, dt_bias=dt_bias)
     y = y.flatten(2)
     normed, scales = norm_forward(y, z, norm_weight, n_groups, eps)
     return normed, last, fed, y, scales, first
@@ -72,27 +71,33 @@ def mixer_backward(
     document_ids, conv_state, ssm_state,
 ):  # fmt: skip
     """The gradients of zxbcdt and of the six weights."""
-    n_groups = scales.shape[-1]
+    weights = conv_weight, conv_bias, A_log, D, dt_bias, norm_weight
+    n_groups, (channels, width), h = scales.shape[-1], conv_weight.shape, A_log.numel()
+    sizes = [(width + 1) * channels, norm_weight.numel(), h, 2 * h]
+    sums = torch.empty(sum(sizes), device=zxbcdt.device, dtype=torch.float32)
+    of_conv, of_norm, of_D, of_rates = sums.split(sizes)
     dzxbcdt = torch.empty(zxbcdt.shape, device=zxbcdt.device, dtype=zxbcdt.dtype)
     z, xBC, dt_before = zxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
     dz, dxBC, ddt_before = dzxbcdt.split(widths(conv_weight, A_log, norm_weight), dim=-1)
-    dy, _, dnorm_weight = norm_backward(dnormed, y, z, norm_weight, scales, dz=dz)
+    dy, _, _ = norm_backward(dnormed, y, z, norm_weight, scales, dz=dz, dweight=of_norm)
 
     dfed = torch.empty_like(fed)
     x, B, C = by_head(fed, A_log, norm_weight, n_groups)
     dx, dB, dC = by_head(dfed, A_log, norm_weight, n_groups)
-    dt, A = rates(dt_before, dt_bias, A_log)
-    steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
+    steps, cum = decays(dt_before, A_log, BACKWARD_CHUNK, document_ids, dt_bias)
     entering = entering_states(x, B, steps, cum, document_ids, ssm_state, first=first)
-    _, dlog, dsteps, _, _, dD, _ = scan_backward(
-        dy.view(x.shape), None, x, steps, cum, A, B, C, D, document_ids, entering, dx, dB, dC
+    _, dlog, dsteps, *_ = scan_backward(
+        dy.view(x.shape), None, x, steps, cum, B, C, D, document_ids, entering, dx, dB, dC, of_D
     )
-    _, dconv_weight, dconv_bias, _ = conv_backward(
-        dfed, xBC, conv_weight, conv_bias, document_ids, conv_state, dx=dxBC
-    )
-    ddt_bias, dA_log = rates_backward(dlog, dsteps, dt_before, dt_bias, A_log, ddt_before)
-    weights = conv_weight, conv_bias, A_log, D, dt_bias, norm_weight
-    gradients = dconv_weight, dconv_bias, dA_log, dD, ddt_bias, dnorm_weight
+    of_conv = of_conv.view(width + 1, channels)
+    conv_backward(dfed, xBC, conv_weight, conv_bias, document_ids, conv_state, dx=dxBC, sums_out=of_conv)
+    rates_backward(dlog, dsteps, dt_before, dt_bias, A_log, ddt_before, of_rates.view(2, h))
+    if all(weight.dtype == conv_weight.dtype for weight in weights):
+        sums = sums.to(conv_weight.dtype)  # all at once
+    of_conv, *others = sums.split([*sizes[:3], h, h])
+    dconv_weight, dconv_bias = of_conv.view(width + 1, channels).split([width, 1])
+    dnorm_weight, dD, ddt_bias, dA_log = others
+    gradients = dconv_weight.mT, dconv_bias[0], dA_log, dD, ddt_bias, dnorm_weight
     return dzxbcdt, *(gradient.to(weight.dtype) for gradient, weight in zip(gradients, weights, strict=True))
 
 
@@ -108,24 +113,10 @@ def by_head(xBC, A_log, norm_weight, n_groups):
     return [part.unflatten(-1, (n, -1)) for part, n in zip(parts, (A_log.numel(), n_groups, n_groups), strict=True)]
 
 
-def rates(dt, dt_bias, A_log):
-    """Step sizes softplus(dt + dt_bias), (b, l, h), and decay rates -exp(A_log), (h,), in float32."""
-    b, l, h = dt.shape
-    dt = in_rows(dt)
-    steps = torch.empty(b, l, h, device=dt.device, dtype=torch.float32)
-    A = torch.empty(h, device=dt.device, dtype=torch.float32)
-    with torch.cuda.device_of(dt):
-        launch(
-            _scan_rates_kernel, (triton.cdiv(b * l, BLOCK_T),),
-            dt, dt_bias, A_log, steps, A, b * l, h, dt.stride(0), BLOCK_T, triton.next_power_of_2(h),
-        )  # fmt: skip
-    return steps, A
+def rates_backward(dlog, dsteps, dt, dt_bias, A_log, ddt, sums_out):
+    """From the gradients of step size * rate and of the step size alone, (b, l, h), write those of dt, dt_bias, A_log.
 
-
-def rates_backward(dlog, dsteps, dt, dt_bias, A_log, ddt):
-    """Gradients of dt_bias and A_log, from those of step size * rate and of the step size alone, (b, l, h).
-
-    ddt (b, l, h): where that of dt goes.
+    ddt (b, l, h): where that of dt goes; sums_out (2, h), float32: where the others go.
     """
     (b, l, h), programs = dt.shape, triton.cdiv(dt.shape[:2].numel(), BLOCK_T)
     dt, ddt = in_rows(dt), ddt.flatten(0, 1)
@@ -136,30 +127,7 @@ def rates_backward(dlog, dsteps, dt, dt_bias, A_log, ddt):
             dlog, dsteps, dt, dt_bias, A_log, ddt, sums, b * l, h, dt.stride(0), ddt.stride(0),
             BLOCK_T, triton.next_power_of_2(h),
         )  # fmt: skip
-    return sums.sum(0).unbind(0)
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)), to float32's rounding for small results too."""
-    small = tl.exp(-tl.abs(x))
-    sum = 1.0 + small
-    rounded = tl.maximum(sum - 1.0, 1e-9)  # what of `small` the sum has kept
-    return tl.maximum(x, 0.0) + tl.where(sum == 1.0, small, tl.log(sum) * (small / rounded))
-
-
-@triton.jit
-def _scan_rates_kernel(
-    dt_ptr, bias_ptr, A_log_ptr, steps_ptr, A_ptr, n, h, stride, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    t, heads = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_H)
-    mask = (t < n) & (heads < h)
-    dt = tl.load(dt_ptr + t * stride + heads, mask=mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + heads, mask=heads < h, other=0.0).to(tl.float32)
-    tl.store(steps_ptr + t * h + heads, _softplus(dt + bias), mask=mask)
-    if tl.program_id(0) == 0:
-        A_log = tl.load(A_log_ptr + heads, mask=heads < h, other=0.0).to(tl.float32)
-        tl.store(A_ptr + heads, -tl.exp(A_log), mask=heads < h)
+    torch.sum(sums, 0, out=sums_out)
 
 
 @triton.jit

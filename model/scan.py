@@ -46,19 +46,19 @@ class Scan(torch.autograd.Function):
         steps, cum = decays(dt, A, BACKWARD_CHUNK, document_ids)
         entering = entering_states(x, B, steps, cum, document_ids, initial_state)
         dx, dlog, dsteps, dB, dC, dD, dinitial = scan_backward(
-            dy.contiguous(), None if dlast is None else dlast.mT, x, steps, cum, A, B, C, D, document_ids, entering
+            dy.contiguous(), None if dlast is None else dlast.mT, x, steps, cum, B, C, D, document_ids, entering
         )
         ddt, dA = dlog * A + dsteps, (dlog * dt).sum(dim=(0, 1))
         return dx, ddt, dA, dB, dC, dD, None, None if initial_state is None else dinitial.mT
 
 
-def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None, first=None):
-    """reference.ssd without gradients. dt and A in float32. first: document_starts, if they are at hand."""
+def scan(x, dt, A, B, C, D, document_ids=None, initial_state=None, plan=None, first=None, dt_bias=None):
+    """reference.ssd without gradients. dt, A, dt_bias: as decays takes them. first: document_starts, if at hand."""
     b, l, h, p = x.shape
     n = B.shape[-1]
     plan = plan or plan_for(x, n)
     chunk, block_p, block_n = plan.chunk, plan.block_p, padded(n)
-    keys, cum = decays(dt, A, chunk, document_ids, keys=True)
+    keys, cum = decays(dt, A, chunk, document_ids, dt_bias, keys=True)
     first = document_starts(document_ids, chunk, first)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last = torch.empty(b, h, n, p, device=x.device, dtype=torch.float32)
@@ -140,9 +140,10 @@ def contiguous_float(tensor):
     return None if tensor is None else tensor.float().contiguous()
 
 
-def decays(dt, A, chunk, document_ids, keys=False):
+def decays(dt, A, chunk, document_ids, dt_bias=None, keys=False):
     """dt (b, l, h) in chunks, (b, h, c, q), and dt * A summed up from the start of its chunk or document, likewise.
 
+    dt_bias (h,): the step sizes are softplus(dt + dt_bias), and the rates are -exp(A); None: dt and A as they are.
     The positions that fill up the last chunk have dt = 0. keys: the sums as powers of two, and for dt those sums less
     log2(dt), so that 2^(cum_i - key_j) is the decay from j to i times dt_j.
     """
@@ -155,10 +156,19 @@ def decays(dt, A, chunk, document_ids, keys=False):
     with torch.cuda.device_of(dt):
         launch(
             _scan_decays_kernel, (b * n_chunks, triton.cdiv(h, block_h)),
-            dt, A, document_ids, steps, cum, l, h, n_chunks, chunk, *dt.stride(),
+            dt, A, dt_bias, document_ids, steps, cum, l, h, n_chunks, chunk, *dt.stride(),
             PACKED=document_ids is not None, KEYS=keys, BLOCK_H=block_h, BLOCK_Q=triton.next_power_of_2(chunk),
         )  # fmt: skip
     return steps, cum
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), to float32's rounding for small results too."""
+    small = tl.exp(-tl.abs(x))
+    sum = 1.0 + small
+    rounded = tl.maximum(sum - 1.0, 1e-9)  # what of `small` the sum has kept
+    return tl.maximum(x, 0.0) + tl.where(sum == 1.0, small, tl.log(sum) * (small / rounded))
 
 
 @triton.jit
@@ -168,7 +178,7 @@ def _join(begins_a, sum_a, begins_b, sum_b):
 
 @triton.jit
 def _scan_decays_kernel(
-    dt_ptr, A_ptr, ids_ptr, steps_ptr, cum_ptr, l, h, n_chunks, chunk_size, stride_b, stride_l, stride_h,
+    dt_ptr, A_ptr, bias_ptr, ids_ptr, steps_ptr, cum_ptr, l, h, n_chunks, chunk_size, stride_b, stride_l, stride_h,
     PACKED: tl.constexpr, KEYS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     b, c = tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
@@ -177,12 +187,15 @@ def _scan_decays_kernel(
     at = c * chunk_size + q
     inside = (q < chunk_size) & (at < l)
     dt_ptr += b.to(tl.int64) * stride_b
-    dt = tl.load(
-        dt_ptr + at[None, :] * stride_l + heads[:, None] * stride_h,
-        mask=inside[None, :] & (heads[:, None] < h),
-        other=0.0,
-    )
-    log_decay = dt * tl.load(A_ptr + heads, mask=heads < h, other=0.0)[:, None]
+    is_dt = inside[None, :] & (heads[:, None] < h)
+    dt_ptr += at.to(tl.int64)[None, :] * stride_l + heads[:, None] * stride_h
+    dt = tl.load(dt_ptr, mask=is_dt, other=0.0).to(tl.float32)
+    A = tl.load(A_ptr + heads, mask=heads < h, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        dt += tl.load(bias_ptr + heads, mask=heads < h, other=0.0).to(tl.float32)[:, None]
+        dt = tl.where(is_dt, _softplus(dt), 0.0)
+        A = -tl.exp(A)
+    log_decay = dt * A[:, None]
     if PACKED:
         ids_ptr += b.to(tl.int64) * l
         here = tl.load(ids_ptr + at, mask=inside, other=0)

@@ -34,7 +34,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 SIZES = ["l", "h", "n_blocks", "heads_of_group", "heads_of_program"]  # see model/scan.py
 
 
-def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, dx_out=None, dB_out=None, dC_out=None):
+def scan_backward(
+    dy, dlast, x, steps, cum, B, C, D, document_ids, entering, dx_out=None, dB_out=None, dC_out=None, dD_out=None
+):
     """The gradients of the scan, from dy (b, l, h, p) and that of the last state, (b, h, p, n) or None.
 
     x (b, l, h, p), B, C (b, l, g, n), and the *_out that take their gradients: rows of any stride, channels side by
@@ -102,7 +104,7 @@ def scan_backward(dy, dlast, x, steps, cum, A, B, C, D, document_ids, entering, 
         torch.add(*dCs, out=dC)  # rounded as it is written: one pass
     else:
         dC.copy_(dCs.sum(0))
-    return dx, dlog, dsteps, dB, dC, dD.sum(0), dinitial
+    return dx, dlog, dsteps, dB, dC, torch.sum(dD, 0, out=dD_out), dinitial
 
 
 class Launch(NamedTuple):

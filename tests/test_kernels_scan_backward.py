@@ -64,7 +64,7 @@ def backward(inputs, chunk, ids=None, **settings):
         dlast = rearrange(dlast, "b h n p -> b h p n")
     x, A, B, C, D, dy = (inputs[name] for name in ("x", "A", "B", "C", "D", "dy"))
     state = entering(inputs, chunk, ids)
-    return scan_backward(dy, dlast, x, steps, cum, A, B, C, D, ids, state, **settings)
+    return scan_backward(dy, dlast, x, steps, cum, B, C, D, ids, state, **settings)
 
 
 def truth(inputs, ids=None):
