@@ -6,17 +6,14 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
-import torch
 from launching import ROOT, free_port
 from norms_worker import IN_BF16, RUNS, STEPS
 from parity_worker import CLIP, plain_run
 
 from model.config import PRESETS
 from model.hybrid import HybridLM
-from train.engine import add_up_without_copies
 from train.norms import PARTS, part_of, parts_of
 
 
@@ -54,18 +51,6 @@ def test_norms_by_part_are_those_of_plain_pytorch(data, plain, processes, tmp_pa
     stage_1, stage_2 = ([norm for norm, _ in results[f"{name}, accumulation {n}"]] for name, n in IN_BF16)
     # both add the same bf16 gradients up in float32; added up in bf16 they would be 1e-3 off
     assert stage_1 == pytest.approx(stage_2, rel=1e-5)
-
-
-def test_stage_1_adds_gradients_up_as_a_float32_copy_of_them_would():
-    sums = torch.randn(40, 24)
-    parameter = torch.nn.Parameter(torch.zeros(40, 24, dtype=torch.bfloat16))
-    parameter.grad = torch.randn(40, 24).bfloat16()
-    expected = sums + parameter.grad.float()
-    optimizer = SimpleNamespace(fp32_groups_gradients=[[sums.view(-1)]], fp32_groups_has_gradients=[[False]])
-    add_up_without_copies(optimizer)
-    optimizer._update_hp_grad(parameter, 0, 0, clear_lp_grads=False)
-    assert torch.equal(sums, expected)
-    assert optimizer.fp32_groups_has_gradients == [[True]]
 
 
 @pytest.mark.parametrize("size", ["tiny", "nano-gated"])

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, _REMOVED_ZERO_CONFIG_KEYS
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 
 from model.hybrid import HybridLM
 from train.checkpoint import tell_optimizer, torch_optimizer
+from train.gradients import save_traffic
 from train.memory import bucket_size, zero_of
 from train.optim import make_optimizer
 
@@ -243,31 +243,13 @@ def make_engine(plan, config, ds_config, weights=None, guard=None):
         model.load_state_dict(weights)
     with redirect_stdout(None):  # stage 1 in bf16 prints its memory for each group of parameters
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, config), config=ds_config)
-    if isinstance(engine.optimizer, BF16_Optimizer):
-        add_up_without_copies(engine.optimizer)
+    save_traffic(engine.optimizer)
     tell_optimizer(engine)
     if guard:
         guard.protect(torch_optimizer(engine), engine.optimizer)
     if engine.zero_optimization_stage() == 0:
         clip_and_keep_norm(engine, config.clip)
     return engine
-
-
-def add_up_without_copies(optimizer):
-    """Stage 1 in bf16: add a gradient to its float32 sum in one kernel, as soon as autograd has it.
-
-    DeepSpeed 0.19.8 first makes a float32 copy of it: 18 bytes of traffic a parameter and micro-batch, not 10. What
-    calls this, its hook of immediate_grad_update, then frees the gradient. The sums are the same bit for bit.
-    """
-
-    @torch.no_grad()
-    def add(parameter, group, index, clear_lp_grads):
-        total = optimizer.fp32_groups_gradients[group][index]
-        total.add_(parameter.grad.view_as(total))
-        parameter._hp_grad = total
-        optimizer.fp32_groups_has_gradients[group][index] = True
-
-    optimizer._update_hp_grad = add
 
 
 def clip_and_keep_norm(engine, clip):
