@@ -1,4 +1,4 @@
-"""Gradients summed over processes in bf16's ZeRO-2 with fewer copies: what DeepSpeed's own way gives."""
+"""Gradients in bf16 added up and summed over processes with fewer copies: what DeepSpeed's own way gives."""
 
 import json
 import subprocess
@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gradients_worker import BUCKET, WAYS
+from gradients_worker import WAYS
 from launching import ROOT, free_port
 
 from train.gradients import add_up_without_copies
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_stage_2_sums_gradients_as_deepspeed_does(data, tmp_path, processes):
+def test_gradients_are_summed_as_deepspeed_sums_them(data, tmp_path, processes):
     out = tmp_path / "results"
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}",
@@ -24,13 +24,14 @@ def test_stage_2_sums_gradients_as_deepspeed_does(data, tmp_path, processes):
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in range(processes):
         results = json.loads(out.with_suffix(f".{rank}.json").read_text())
-        theirs, *ours = (results[way] for way in WAYS)
-        assert not theirs["replaced"] and theirs["parameters"] > 3 * BUCKET
-        for got in ours:
-            assert got["replaced"]
-            for what in ("losses", "norms", "weights"):
-                if processes == 3:  # where DeepSpeed divides by three in bf16
-                    assert got[what] == pytest.approx(theirs[what], rel=2e-3)
+        for way in WAYS:
+            file = way.removeprefix("DeepSpeed's ").split(",")[0]
+            got, theirs = results[way], results[f"DeepSpeed's {file}"]
+            assert got["replaced"] == (got is not theirs)
+            for what in ("losses", "norms"):
+                # three processes: DeepSpeed's stage 2 divides by three in bf16, its stage 3 before the sum
+                if processes == 3:
+                    assert got[what] == pytest.approx(theirs[what], rel=2e-3 if file == "zero2" else 1e-5)
                 else:
                     assert got[what] == theirs[what]
 
