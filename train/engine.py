@@ -20,9 +20,9 @@ from pydantic import ValidationError
 
 from model.hybrid import HybridLM
 from train.checkpoint import tell_optimizer, torch_optimizer
-from train.gradients import save_traffic
 from train.memory import bucket_size, zero_of
 from train.optim import make_optimizer
+from train.traffic import save_traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,4 +1,4 @@
-"""Gradients in bf16 added up and summed over processes with fewer copies: what DeepSpeed's own way gives."""
+"""Gradients summed and weights gathered with fewer copies: what DeepSpeed's own way gives."""
 
 import json
 import subprocess
@@ -7,18 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gradients_worker import WAYS
 from launching import ROOT, free_port
+from traffic_worker import WAYS
 
-from train.gradients import add_up_without_copies
+from train.traffic import add_up_without_copies
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_gradients_are_summed_as_deepspeed_sums_them(data, tmp_path, processes):
+def test_a_step_is_that_of_deepspeed(data, tmp_path, processes):
     out = tmp_path / "results"
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}",
-        str(ROOT / "tests/gradients_worker.py"), str(data), str(out),
+        str(ROOT / "tests/traffic_worker.py"), str(data), str(out),
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -1,6 +1,6 @@
-"""Started by DeepSpeed's launcher for tests/test_gradients.py: ZeRO-2 and 3 in bf16, DeepSpeed's own way and ours.
+"""Started by DeepSpeed's launcher for tests/test_traffic.py: ZeRO-2 and 3 in bf16, DeepSpeed's own way and ours.
 
-gradients_worker.py DATA OUT   writes OUT.RANK.json: {"zero2": {"losses": [...], "norms": [...], "replaced": ...}, ...}
+traffic_worker.py DATA OUT   writes OUT.RANK.json: {"zero2": {"losses": [...], "norms": [...], "replaced": ...}, ...}
 """
 
 import json
@@ -36,6 +36,9 @@ def run(data, way):
     theirs, file = way.startswith("DeepSpeed's "), way.removeprefix("DeepSpeed's ").split(",")[0]
     settings = engines.read_ds_config(f"ds_configs/{file}.json")
     settings["zero_optimization"]["reduce_bucket_size"] = BUCKET
+    if file == "zero3":  # gather all but the smallest, for each pass
+        settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 0}
+        settings["zero_optimization"]["stage3_max_reuse_distance"] = 0
     if way == "zero2, an owner at a time":
         settings["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
     save_traffic = engines.save_traffic
