@@ -191,27 +191,23 @@ def communication(setup, c):
 def gradient_time(setup, c):
     """Seconds that DeepSpeed takes of the GPU for a micro-batch's gradients, without communication.
 
-    Bytes a parameter, read and written. Stage 1 (train/engine.py): added up in float32 10. Stage 2
-    (stage_1_and_2.py): into the bucket 4, divided 4, laid end to end 4, to float32 6 and back 6, of a process's own
-    part added 12 and back into the bucket 6. Stage 3 (stage3.py): into the bucket in float32 6, laid end to end 8,
-    divided 8, its own part cut out 8 and added 12.
+    Bytes a parameter, read and written (train/traffic.py). Stage 1: added up in float32 10. Stages 2 and 3: into the
+    bucket in float32 6, of a process's own part added 12. Offloaded, DeepSpeed's own way: into the bucket 4, divided
+    4, laid end to end 4, to float32 6 and back 6, of a process's own part added 12 and back into the bucket 6.
     """
-    whole, own = {0: (12, 0), 1: (10, 0), 2: (24, 18), 3: (22, 20)}[setup.zero.stage]
+    whole, own = {0: (12, 0), 1: (10, 0), 2: (6, 12), 3: (6, 12)}[setup.zero.stage]
+    if setup.zero.offload:
+        whole, own = 24, 18
     p = setup.model.n_parameters
     return (whole * p + own * p / setup.n_gpus) / rate("gradients", setup.gpu, c)
 
 
 def weight_time(setup, c):
-    """Seconds that stage 3 takes of the GPU to put together what it gathered, each time that a layer runs: a weight
-    from its pieces (partition_parameters.py), and the weights of one product (model/fused.py), 4 bytes a parameter."""
-    if setup.zero.stage < 3:
+    """Seconds that stage 3 takes of the GPU, each time that a layer runs, to put weights together: with hpZ, where
+    DeepSpeed gathers, each from its pieces and those of one product side by side, 8 bytes a parameter."""
+    if setup.zero.stage < 3 or setup.zero.hpz == 1 or setup.n_gpus == 1:
         return 0.0
-    model = setup.model
-    together = model.n_parameters if setup.n_gpus > 1 else 0
-    for kind in set(model.layer_pattern):
-        joined = sum(o.parameters for o in layer_operations(model, kind) if o.name == "in_proj")
-        together += model.layer_pattern.count(kind) * joined
-    return (FORWARD_TIMES[setup.recompute] + 1) * 4 * together / rate("element-wise", setup.gpu, c)
+    return (FORWARD_TIMES[setup.recompute] + 1) * 8 * setup.model.n_parameters / rate("element-wise", setup.gpu, c)
 
 
 def optimizer_time(setup, c):

@@ -1,7 +1,4 @@
-"""What a layer's operations are counted to keep and to hold, against the kernels in Triton's interpreter.
-
-Attention's kernel runs on GPUs alone: a stand-in keeps and makes what FlashAttention does.
-"""
+"""What a layer's operations are counted to keep and to hold, against the kernels in Triton's interpreter."""
 
 import gc
 import weakref
@@ -36,28 +33,9 @@ LAYERS = {
 }
 
 
-class StandIn(torch.autograd.Function):
-    """PyTorch's FlashAttention, without the arithmetic."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        y = torch.zeros(q.shape, dtype=q.dtype)
-        ctx.save_for_backward(q, k, v, y, torch.zeros(q.shape[:3]))
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        gc.collect(1)  # what the interpreter's last kernel was given
-        q, k, v, _, _ = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
-        work = torch.zeros(q.shape), torch.zeros(q.shape[:3]), torch.zeros(2, *q.shape, dtype=q.dtype)
-        del work
-        return dq, dk, dv
-
-
 OPS = SimpleNamespace(
     products=fused.products, mixer=mixer, add_rms_norm=add_rms_norm, rms_norm=rms_norm, swiglu=swiglu,
-    sigmoid_gate=sigmoid_gate, rotary=rotary, attention=lambda q, k, v, *_, **__: StandIn.apply(q, k, v),
+    sigmoid_gate=sigmoid_gate, rotary=rotary, attention=fused.attention,
 )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 layer_operations(model, "M")[-1].keeps   # bytes a token; in the order of the forward pass
 
-The kernels are those of model/fused.py; attention is PyTorch's FlashAttention (varlen_attn). tests/test_kept.py counts
-the bytes that autograd keeps of these kernels and that their backward passes allocate.
+The kernels are those of model/fused.py on Hopper and newer GPUs; older ones' attention holds more while it runs
+backward. tests/test_kept.py counts the bytes that autograd keeps of these kernels and that their backward passes
+allocate.
 """
 
 from dataclasses import dataclass
@@ -85,12 +86,11 @@ def attention_operations(model, element, fp8):
     columns, stream = sum(widths), element * d
     turned = d + d_kv if model.positions == "rope" or model.qk_norm else 0  # q and k, where they are not in_proj's
     scales = 4 * (heads + model.n_kv_heads) if model.qk_norm else 0
-    shared = 2 * stream if d_kv < d else 0  # gradients of k and v for every head of q, before they are added up
     attention = Operation(
         name="attention",
         keeps=element * (columns + turned + d) + 4 * heads + scales,  # in_proj's product, q, k, y and log-sums
         takes=(3 if gated else 2) * stream, gives=element * (d + 2 * d_kv),
-        work=shared + 4 * d + 4 * heads,  # dq is added up in float32
+        work=4 * heads,  # products of y and its gradient
     )  # fmt: skip
     operations = [norm(model, element), product(model, "in_proj", d, widths, element, fp8)]
     if not in_8_bits(fp8, d, *widths):  # the parts' gradients are laid side by side

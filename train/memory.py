@@ -188,11 +188,17 @@ def bucket_size(zero, model):
 
 def bucket_element(zero):
     """Bytes of an element in DeepSpeed's buckets, of which stage 2 has two where they overlap."""
-    return 2 if zero.bf16 and zero.stage == 2 else 4
+    return 2 if zero.bf16 and zero.offload and zero.stage == 2 else 4
 
 
 def sum_bytes(zero, elements):
-    """Bytes that summing a bucket over the processes takes: it is laid end to end and, in bfloat16, put in float32."""
+    """Bytes that summing a bucket over the processes takes beside it: none where train/traffic.py sums it as it lies,
+    but for a weight of stage 3 that is larger than the bucket; else DeepSpeed lays it end to end and, if it is in
+    bfloat16, puts it in float32."""
+    if zero.stage == 3:
+        return 4 * elements if elements > zero.bucket else 0
+    if zero.bf16 and not zero.offload:
+        return 0
     return (6 if bucket_element(zero) == 2 else 4) * elements
 
 
