@@ -87,11 +87,9 @@ def layer_work(model, kind, document_tokens, fp8, c):
         d_kv = model.n_kv_heads * model.head_dim
         columns = (2 if model.attention_gate else 1) * d + 2 * d_kv
         products = 2 * d * (columns + d)
-        scores = 2 * d * min(document_tokens, model.seq_len)  # the causal half
-        if document_tokens < model.seq_len:  # and what a document costs besides, whatever its length
-            scores += 2 * d * c["document_tokens"]
-        packed = ", packed" if document_tokens < model.seq_len else ""
-        work[f"attention{packed}"] = (scores, 2.5 * scores)  # five products for two (arXiv:2205.14135)
+        # the causal half, and what a document costs besides, whatever its length
+        scores = 2 * d * (min(document_tokens, model.seq_len) + c["document_tokens"])
+        work["attention"] = (scores, 2.5 * scores)  # five products for two (arXiv:2205.14135)
         turned = 4 * (d + d_kv) if model.positions == "rope" else 0
         gate = d if model.attention_gate else 0
         in_8 = in_8_bits(fp8, d, d_kv)
@@ -113,7 +111,7 @@ def rate(operation, gpu, c):
     """FLOP/s or bytes/s of an operation on a GPU; c: its constants."""
     if operation == "products, fp8":
         return gpu.dense_tflops["fp8"] * 1e12 * c[operation]
-    if operation.startswith(("products", "attention")):
+    if operation in ("products", "attention"):
         return gpu.dense_tflops["bf16"] * 1e12 * c[operation]
     return gpu.bandwidth_gb_s * 1e9 * c[operation]
 
@@ -138,7 +136,7 @@ def micro_batch_time(setup, c):
 
 
 def launch_time(setup, c):
-    """Seconds that Python needs to start a micro-batch's kernels: the least a micro-batch can take."""
+    """Seconds that Python needs to start a micro-batch's kernels, which it does while they run."""
     model, ms = setup.model, {"M": c["launch_mamba_ms"], "A": c["launch_attention_ms"]}
     total = sum(ms[kind] for kind in model.layer_pattern) + setup.fp8 * model.n_layers * c["launch_fp8_ms"]
     if setup.recompute == "layer":
@@ -202,14 +200,6 @@ def gradient_time(setup, c):
     return (whole * p + own * p / setup.n_gpus) / rate("gradients", setup.gpu, c)
 
 
-def weight_time(setup, c):
-    """Seconds that stage 3 takes of the GPU, each time that a layer runs, to put weights together: with hpZ, where
-    DeepSpeed gathers, each from its pieces and those of one product side by side, 8 bytes a parameter."""
-    if setup.zero.stage < 3 or setup.zero.hpz == 1 or setup.n_gpus == 1:
-        return 0.0
-    return (FORWARD_TIMES[setup.recompute] + 1) * 8 * setup.model.n_parameters / rate("element-wise", setup.gpu, c)
-
-
 def optimizer_time(setup, c):
     """Seconds of the optimizer's step, without communication."""
     zero, p, gpu, model = setup.zero, setup.model.n_parameters / setup.n_gpus, setup.gpu, setup.model
@@ -221,7 +211,8 @@ def optimizer_time(setup, c):
         seconds += 16 * p / rate("adamw8bit", gpu, c) - 28 * p / rate("optimizer", gpu, c)
     if setup.optimizer == "muon":
         flops, moved = muon_work(model)
-        seconds += flops / setup.n_gpus / rate("products", gpu, c) + moved / setup.n_gpus / rate("optimizer", gpu, c)
+        work = flops / rate("products", gpu, c) + moved / rate("optimizer", gpu, c)
+        seconds += c["muon"] * work / setup.n_gpus
     return seconds
 
 
@@ -248,10 +239,10 @@ def step_time(setup):
     """{part: seconds} of one optimizer step. The sum is its wall time."""
     c, n, zero = constants(setup.gpu, setup.others), setup.n_gpus, setup.zero
     gpu_parts = micro_batch_time(setup, c)
-    gpu_parts |= {"gradients": gradient_time(setup, c), "weights put together": weight_time(setup, c)}
+    gpu_parts["gradients"] = gradient_time(setup, c)
     on_gpu, floor = sum(gpu_parts.values()), launch_time(setup, c)
     parts = {name: seconds * setup.grad_accum for name, seconds in gpu_parts.items()}
-    busy = max(on_gpu, floor)
+    busy = (on_gpu**4 + floor**4) ** 0.25  # the larger of the two; more where neither is, as they do not keep step
     parts["waiting for Python"] = (busy - on_gpu + c["between_ms"] / 1e3) * setup.grad_accum
     per_micro, per_step = communication(setup, c)
     window = busy if zero.stage == 3 else busy * (2 / (2 + FORWARD_TIMES[setup.recompute]))  # the backward pass

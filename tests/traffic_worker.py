@@ -13,7 +13,10 @@ sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "tests"))
 
 STEPS, GRAD_ACCUM, BUCKET = 4, 2, 17_000  # less than a third of the weights, more than the largest of them
-WAYS = ("DeepSpeed's zero2", "zero2", "zero2, an owner at a time", "DeepSpeed's zero3", "zero3")
+WAYS = dict.fromkeys(
+    (1, 2, 3), ("DeepSpeed's zero2", "zero2", "zero2, an owner at a time", "DeepSpeed's zero3", "zero3")
+)
+WAYS[4] = ("DeepSpeed's zero3_hpz", "zero3_hpz")  # two groups that each share a second copy
 
 
 def run(data, way):
@@ -36,9 +39,11 @@ def run(data, way):
     theirs, file = way.startswith("DeepSpeed's "), way.removeprefix("DeepSpeed's ").split(",")[0]
     settings = engines.read_ds_config(f"ds_configs/{file}.json")
     settings["zero_optimization"]["reduce_bucket_size"] = BUCKET
-    if file == "zero3":  # gather all but the smallest, for each pass
+    if file.startswith("zero3"):  # gather all but the smallest, for each pass
         settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 100, "stage3_max_live_parameters": 0}
         settings["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    if file == "zero3_hpz":
+        settings["zero_optimization"]["zero_hpz_partition_size"] = 2
     if way == "zero2, an owner at a time":
         settings["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
     save_traffic = engines.save_traffic
@@ -67,7 +72,7 @@ def main(data, out):
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     start_processes(rank, world_size, 5)
-    results = {way: run(data, way) for way in WAYS}
+    results = {way: run(data, way) for way in WAYS[world_size]}
     Path(out).with_suffix(f".{rank}.json").write_text(json.dumps(results))
 
 

@@ -160,18 +160,21 @@ def gather_without_copies(optimizer):
 
     def gather(parameters, safe_mode=False, quantize=False):
         parameters = sorted(parameters, key=lambda parameter: parameter.ds_id)  # the same order in all processes
-        group = parameters[0].ds_process_group
-        sizes = [parameter.ds_tensor.numel() * dist.get_world_size(group) for parameter in parameters]
+        parts, group = [parameter.ds_tensor for parameter in parameters], parameters[0].ds_process_group
+        if parameters[0].ds_secondary_tensor is not None:  # hpZ: of a second copy that the processes of a node share
+            parts = [parameter.ds_secondary_tensor for parameter in parameters]
+            group = parameters[0].ds_zero_param_process_group
+        sizes = [part.numel() * dist.get_world_size(group) for part in parts]
         places = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-        room = parameters[0].ds_tensor.new_empty(sum(places))
+        room = parts[0].new_empty(sum(places))
         wholes = [place[:size] for place, size in zip(room.split(places), sizes, strict=True)]
         with dist._coalescing_manager(group, async_ops=True) as work:
-            for parameter, whole in zip(parameters, wholes, strict=True):
+            for parameter, part, whole in zip(parameters, parts, wholes, strict=True):
                 parameter.ds_status = ZeroParamStatus.INFLIGHT
-                dist.all_gather_into_tensor(whole, parameter.ds_tensor, group=group)
+                dist.all_gather_into_tensor(whole, part, group=group)
         return Gathered(parameters, wholes, work)
 
-    if optimizer.zero_hpz_partition_size == 1 and dist.get_world_size() > 1:  # else there is a second, or no, part
+    if dist.get_world_size() > 1:  # alone there is nothing to gather
         for parameter in optimizer.module.parameters():
             parameter.all_gather_coalesced = gather
 
