@@ -109,6 +109,8 @@ def test_random_data_is_a_whole_folder_of_documents_of_about_1024_tokens(tmp_pat
         ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "products"),
         ("nvjet_qqtst_128x256_128x4_2x1_v_bz_TNT", "products, fp8"),
+        ("nvjet_sm90_qrtst_256x128_128x4_1x2_h_bz_coopA_TNT", "products, fp8"),
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3i_128x128x128", "attention"),
         ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>", "attention"),
         ("_chunk_scan_chunk_state_bwd_dx_kernel", "scan"),

@@ -438,9 +438,9 @@ def exact_product(a, b, inverse_a, inverse_b, dtype, fast=False):
 @with_fp8
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize("steps", [0, fp8.CURRENT_STEPS])
-def test_model_in_8_bits_is_itself_on_the_twins(fused, deterministic, monkeypatch, steps, recompute):
-    """Bit for bit. Products are exact in both: a noise of 2^-20 on them turns so many 8-bit numbers, and those others
-    behind them, that gradients come out three quarters as far apart as from those of bfloat16 (H200)."""
+def test_model_in_8_bits_equals_itself_on_the_twins(fused, deterministic, monkeypatch, steps, recompute):
+    """But for a last bit here and there. Products are exact in both: a noise of 2^-20 on them turns so many 8-bit
+    numbers, and those others behind them, that gradients come out three quarters as far apart as from bfloat16's."""
     monkeypatch.setattr(fp8, "multiply", exact_product)
     results = []
     for twin in (False, True):
@@ -453,8 +453,9 @@ def test_model_in_8_bits_is_itself_on_the_twins(fused, deterministic, monkeypatc
             model.scales.end_step()
             model.scales.steps = max(model.scales.steps, steps)
         results.append(gradients)
-    for got, want in zip(*results, strict=True):
-        assert torch.equal(got, want)
+    plain = run(make_model("fused", torch.bfloat16), tokens(), document_ids(1000), tokens(1))
+    for got, want, without in zip(*results, plain, strict=True):
+        assert (got - want).norm() <= 0.05 * (got - without).norm() + 1e-6
 
 
 @with_fp8
@@ -462,9 +463,8 @@ def test_model_in_8_bits_is_itself_on_the_twins(fused, deterministic, monkeypatc
 @pytest.mark.parametrize("k", [16, 2048, 32768])
 def test_product_in_8_bits_equals_the_exact_one(k, fast, tolerance):
     a, b = draw(256, k, scale=8.0).to(E4M3), draw(512, k, scale=8.0, seed=1).to(E5M2)
-    scales = draw(2).abs()[:, None].unbind()
-    got = fp8.multiply(a, b, *(scale[0] for scale in scales), torch.float32, fast)
-    want = exact_product(a, b, *(scale[0] for scale in scales), torch.float32)
+    inverses = [draw(1, seed=seed)[0].abs() for seed in (2, 3)]  # each in memory of its own, as cuBLASLt wants them
+    got, want = (product(a, b, *inverses, torch.float32, fast) for product in (fp8.multiply, exact_product))
     assert (got - want).norm() <= tolerance * want.norm()
 
 

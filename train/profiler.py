@@ -27,7 +27,10 @@ GROUPS = (
     ("optimizer", ("adam", "multi_tensor", "foreach", "lpnorm", "normtwo", "muon", "optim")),
     ("norms", ("norm", "gammabeta", "rowwise_moments")),
     ("casts", ("bfloat16_copy", "bfloat16tofloat32", "float8_copy", "_cast", "_quant", "_amax", "_to_copy")),
-    ("products, fp8", ("nvjet_q", "nvjet_r", "e4m3", "e5m2", "scaled_mm")),
+    (
+        "products, fp8",
+        ("nvjet_q", "nvjet_sm90_q", "nvjet_sm90_r", "nvjet_sm100_q", "nvjet_sm100_r", "e4m3", "e5m2", "scaled_mm"),
+    ),
     ("products", ("nvjet", "gemm", "cutlass", "xmma", "cublas", "splitk", "::mm", "::addmm", "::bmm", "::matmul")),
     ("embedding", ("embedding", "index", "gather", "scatter")),
     ("copies", ("copy", "memcpy", "memset", "fill", "catarray", "::cat", "::clone")),
