@@ -21,6 +21,7 @@ WAYS[4] = ("DeepSpeed's zero3_hpz", "zero3_hpz")  # two groups that each share a
 
 def run(data, way):
     """{what: numbers} of a few steps. All ranks."""
+    import torch
     from torch import distributed as dist
 
     from curation.shards import open_stream
@@ -33,7 +34,7 @@ def run(data, way):
     stream = open_stream(data, "train")
     config = TrainConfig(
         size="tiny", data=data, run="unused", steps=STEPS, micro_batch=2, seq_len=64,
-        batch_tokens=2 * GRAD_ACCUM * world_size * 64,
+        batch_tokens=2 * GRAD_ACCUM * world_size * 64, recompute="layer" if "recomputed" in way else "none",
     )  # fmt: skip
     plan = make_plan(config, vocab_size=512, n_tokens=stream.n_tokens, world_size=world_size)
     theirs, file = way.startswith("DeepSpeed's "), way.removeprefix("DeepSpeed's ").split(",")[0]
@@ -62,6 +63,10 @@ def run(data, way):
             engine.step()
             losses.append(loss.item())
         norms.append(float(engine.get_global_grad_norm()))
+        with torch.no_grad():  # a held-out loss, say
+            engine.eval()
+            losses.append(engine(batch.tokens, targets=batch.targets, document_ids=batch.document_ids).item())
+            engine.train()
     replaced = bool({"average_tensor", "partition_grads"} & vars(engine.optimizer).keys())
     engine.destroy()
     return {"losses": losses, "norms": norms, "replaced": replaced}
