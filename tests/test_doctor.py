@@ -95,7 +95,7 @@ def test_every_broken_node_is_named_with_what_is_wrong(data, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     words = [[*RUN, "--batch-tokens", 1024, "--data", d, "--run", run] for d in (data, data, other, cut)]
-    flags = ["--hosts", "good,slow,other,cut", "--least-of-median", 0.4]
+    flags = ["--hosts", "good,slow,other,cut", "--least-of-median", 0.2]
     ended = finish(start(range(4), *flags, faults={1: "slow"}, run=words))
     assert [ended[rank][0] for rank in range(4)] == [1] * 4, ended
     lines = ended[0][1].splitlines()
