@@ -36,6 +36,7 @@ class Zero:
     hpz: int = 1                  # processes that hold a second copy of the weights among them
     sub_group: int = 10**9        # stage 3: elements stepped at a time
     max_live: int = 10**9         # stage 3: gathered weights kept
+    ahead: int = 25 * 10**7       # stage 3: weights gathered at once, ahead of use
     # fmt: on
 
 
@@ -52,6 +53,7 @@ def zero_of(settings):
         hpz=zero.get("zero_hpz_partition_size", 1),
         sub_group=int(zero.get("sub_group_size", default.sub_group)),
         max_live=int(zero.get("stage3_max_live_parameters", default.max_live)),
+        ahead=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
     )
 
 
@@ -160,7 +162,8 @@ def step_moments(model, world_size, zero, optimizer, backward):
     in_buckets = bucket_element(zero) * bucket * (2 if zero.overlap and zero.stage == 2 else 1)
     if zero.stage == 3:
         layer = max(sum(o.parameters for o in layer_operations(model, kind)) for kind in set(model.layer_pattern))
-        gathered = 2 * min(model.n_parameters, zero.max_live + layer) if n > 1 else 0
+        # what was gathered at once is freed at once, when the last of it has been used
+        gathered = 2 * min(model.n_parameters, zero.max_live + layer + zero.ahead) if n > 1 else 0
         between = between._replace(gathered_weights=gathered, buckets=in_buckets)
     stays, buckets, filled = between[:5], between.buckets, 0  # stage 2 makes its buckets for each backward pass
     for activations, workspace, loss, parameters in backward:
