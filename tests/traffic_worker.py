@@ -13,10 +13,11 @@ sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "tests"))
 
 STEPS, GRAD_ACCUM, BUCKET = 4, 2, 17_000  # less than a third of the weights, more than the largest of them
-WAYS = dict.fromkeys(
-    (1, 2, 3), ("DeepSpeed's zero2", "zero2", "zero2, an owner at a time", "DeepSpeed's zero3", "zero3")
-)
-WAYS[4] = ("DeepSpeed's zero3_hpz", "zero3_hpz")  # two groups that each share a second copy
+ZERO2 = ("DeepSpeed's zero2", "zero2", "zero2, an owner at a time")
+ZERO3 = ("DeepSpeed's zero3", "zero3", "zero3, recomputed")
+WAYS = dict.fromkeys((1, 2, 3), ZERO2 + ZERO3)  # by the number of processes
+WAYS[2] += ("zero3, compiled",)  # by torch.compile, layer by layer
+WAYS[4] = ("DeepSpeed's zero3_hpz", "zero3_hpz", "zero3_hpz, recomputed")  # two groups that each share a second copy
 
 
 def run(data, way):
@@ -52,6 +53,9 @@ def run(data, way):
         engines.save_traffic = lambda optimizer: None
     engine = engines.make_engine(plan, config, engines.complete_ds_config(settings, plan, config, world_size))
     engines.save_traffic = save_traffic
+    if "compiled" in way:
+        for layer in engine.module.layers:
+            layer.compile(backend="aot_eager")  # all of it but the code for the machine, which needs a C++ compiler
     batches, losses, norms = training_batches(stream, plan, config.seed, rank, world_size, 1, "cpu"), [], []
     for step in range(1, STEPS + 1):
         for group in engine.optimizer.param_groups:
