@@ -24,7 +24,7 @@ from train.memory import GIB, optimizer_bytes
 TOKENS_A_PARAMETER = 20  # compute-optimal for dense transformers (Chinchilla, arXiv:2203.15556)
 TEXT_BYTES = 4.3  # of text a token, English with a vocabulary of 50,304
 CHECKPOINTS = 6  # --keep 5, and the best one
-# How far off the time may be. H200: every point of `python -m launch.check` is within 15 %; H100 and A100: most
+# How far off the time may be. H200: every point of `python -m launch.check` is within 10 %; H100 and A100: most
 # published figures within 25 %; nothing is known of the others. Evaluation, checkpoints and restarts add a tenth at
 # most, as large runs report goodputs of 91 to 97 %.
 ERRORS = {"h200": 0.10, "h100": 0.25, "a100-80": 0.25, "a100-40": 0.25}

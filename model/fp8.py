@@ -187,6 +187,11 @@ def multiply(a, b, inverse_a, inverse_b, dtype, fast):
     """a (n, k) b (m, k)^T, both in 8 bits, times the inverses of their scales: (n, m) in dtype."""
     if a.is_cuda:
         return torch._scaled_mm(a, b.t(), inverse_a, inverse_b, out_dtype=dtype, use_fast_accum=fast)
+    return exact_product(a, b, inverse_a, inverse_b, dtype)
+
+
+def exact_product(a, b, inverse_a, inverse_b, dtype, fast=False):
+    """multiply's twin, in float32."""
     return (F.linear(a.float(), b.float()) * (inverse_a * inverse_b)).to(dtype)
 
 

@@ -52,7 +52,7 @@ class Packing:
 def as_one(weights):
     """The matrices (n, k) as one, by rows, where they lie behind each other in memory; None elsewhere.
 
-    An optimizer that shards its work (ZeRO-1, ZeRO-2) lays all of a group's parameters so, in their order.
+    ZeRO-1 and 2 lay all of a group's parameters so, in their order; ZeRO-3 those that it gathers (train/traffic.py).
     """
     first, n, end = weights[0], 0, weights[0].data_ptr()
     if end % 16:

@@ -180,12 +180,7 @@ def _packed_attention_kernel(
     P: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """scale: times log2(e). A tile's rows are ROWS positions of one head after another."""
-    tile, part, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)  # the longest first
-    head, start = part * HEADS, tile * ROWS
-    key_head = head // heads_of_key
-    row = tl.arange(0, HEADS * ROWS)
-    at = start + row % ROWS
-    end = tl.minimum(start + ROWS, l)
+    b, head, key_head, start, end, row, at = _queries(l, heads_of_key, HEADS, ROWS)
     first, last_first, begins = _documents(positions_ptr, b, l, start, end, at)
     q = load_tile(q_in, q_strides, b, head, start, 0, l, P, ROWS, P, HEADS)
     largest = tl.full((HEADS * ROWS,), LOWEST, tl.float32)
@@ -195,8 +190,7 @@ def _packed_attention_kernel(
         k = load_tile(k_in, k_strides, b, key_head, key, 0, l, P, KEYS, P)
         scores = tl.dot(q, tl.trans(k))
         if (key < last_first) | (key + KEYS > start + 1):
-            keys = key + tl.arange(0, KEYS)
-            seen = (keys[None, :] <= at[:, None]) & (keys[None, :] >= begins[:, None])
+            seen = _seen(key + tl.arange(0, KEYS), at, begins)
             scores = tl.where(seen, scores, -float("inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * scale)
         shares = tl.exp2(scores * scale - larger[:, None])
@@ -217,12 +211,7 @@ def _packed_attention_dq_kernel(
     positions_ptr, lse_ptr, delta_ptr, l, h, heads_of_key, scale, dscale,
     P: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile, part, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    head, start = part * HEADS, tile * ROWS
-    key_head = head // heads_of_key
-    row = tl.arange(0, HEADS * ROWS)
-    at = start + row % ROWS
-    end = tl.minimum(start + ROWS, l)
+    b, head, key_head, start, end, row, at = _queries(l, heads_of_key, HEADS, ROWS)
     first, last_first, begins = _documents(positions_ptr, b, l, start, end, at)
     dy = load_tile(dy_in, dy_strides, b, head, start, 0, l, P, ROWS, P, HEADS)
     y = load_tile(y_in, y_strides, b, head, start, 0, l, P, ROWS, P, HEADS)
@@ -238,8 +227,7 @@ def _packed_attention_dq_kernel(
         scores, dshares = tl.dot(q, tl.trans(k)), tl.dot(dy, tl.trans(v))
         shares = tl.exp2(scores * scale - lse[:, None])
         if (key < last_first) | (key + KEYS > start + 1):
-            keys = key + tl.arange(0, KEYS)
-            seen = (keys[None, :] <= at[:, None]) & (keys[None, :] >= begins[:, None])
+            seen = _seen(key + tl.arange(0, KEYS), at, begins)
             shares = tl.where(seen, shares, 0.0)
         dq = tl.dot((shares * (dshares - delta[:, None])).to(k.dtype), k, dq)
     store_tile(dq_out, dq_strides, b, head, start, 0, l, P, (dq * dscale).to(q.dtype), ROWS, P, HEADS)
@@ -282,6 +270,24 @@ def _packed_attention_dkv_kernel(
         dk = tl.dot((shares * (dshares - delta[None, :])).to(q.dtype), q, dk)
     store_tile(dk_out, dk_strides, b, key_head, start, 0, l, P, (dk * dscale).to(k.dtype), KEYS, P)
     store_tile(dv_out, dv_strides, b, key_head, start, 0, l, P, dv.to(k.dtype), KEYS, P)
+
+
+@triton.jit
+def _queries(l, heads_of_key, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """What a program works on, the longest tiles first: its row of the batch, first head and that head's keys' head,
+    first position and end; of each query, its row in the tile and its position."""
+    tile, part, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, start = part * HEADS, tile * ROWS
+    key_head = head // heads_of_key
+    row = tl.arange(0, HEADS * ROWS)
+    at = start + row % ROWS
+    return b, head, key_head, start, tl.minimum(start + ROWS, l), row, at
+
+
+@triton.jit
+def _seen(keys, at, begins):
+    """(query, key): whether a query at `at`, whose document begins at `begins`, looks at a key."""
+    return (keys[None, :] <= at[:, None]) & (keys[None, :] >= begins[:, None])
 
 
 @triton.jit

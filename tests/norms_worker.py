@@ -29,7 +29,7 @@ def norms_of(data, name, grad_accum):
     from torch import distributed as dist
 
     from train.data import training_batches
-    from train.engine import complete_ds_config, make_engine, read_ds_config
+    from train.engine import complete_ds_config, make_engine, read_ds_config, set_learning_rate
     from train.norms import GradientNorms
     from train.schedule import learning_rate
 
@@ -47,8 +47,7 @@ def norms_of(data, name, grad_accum):
     norms = GradientNorms(engine, every=1, clip=CLIP)
     batches, rows = training_batches(stream, plan, config.seed, rank, world_size, 1, "cpu"), []
     for step in range(1, STEPS + 1):
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan)
+        set_learning_rate(engine, learning_rate(step, plan), plan)
         norms.begin(step)
         for _ in range(grad_accum):
             batch = next(batches)

@@ -66,7 +66,7 @@ def zero_run(data, file, grad_accum):
     from torch import distributed as dist
 
     from train.data import training_batches
-    from train.engine import complete_ds_config, make_engine, read_ds_config
+    from train.engine import complete_ds_config, make_engine, read_ds_config, set_learning_rate
     from train.schedule import learning_rate
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -80,8 +80,7 @@ def zero_run(data, file, grad_accum):
     engine = make_engine(plan, config, complete_ds_config(settings, plan, config))
     batches, rows = training_batches(stream, plan, config.seed, rank, world_size, 1, "cpu"), []
     for step in range(1, STEPS + 1):
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan)
+        set_learning_rate(engine, learning_rate(step, plan), plan)
         total = 0.0
         for _ in range(grad_accum):
             batch = next(batches)

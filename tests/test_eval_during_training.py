@@ -1,11 +1,8 @@
 """Benchmarks while a run trains: a checkpoint's scores, in every ZeRO stage, and training that does not notice."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from launching import ROOT, free_port, launch
+from launching import launch
 from small_benchmarks import make_benchmarks
 
 from curation.tokenizer import load_tokenizer
@@ -44,11 +41,7 @@ def questions(benchmarks, data, tmp_path_factory):
 def stages(data, questions, tmp_path_factory):
     """What tests/quiz_worker.py found, {stage: [of each rank]}."""
     out = tmp_path_factory.mktemp("stages") / "found.json"
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={RANKS}", f"--master_port={free_port()}",
-        "tests/quiz_worker.py", data, questions, out,
-    ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = launch(data, questions, out, processes=RANKS, program="tests/quiz_worker.py")
     assert done.returncode == 0, done.stderr[-3000:]
     return read_json(out)
 

@@ -431,17 +431,13 @@ def test_operation_in_8_bits_from_its_tape_is_the_operation(name, dtype):
     assert_same_from_its_tape(name, dtype, "cuda")
 
 
-def exact_product(a, b, inverse_a, inverse_b, dtype, fast=False):
-    return ((a.float() @ b.float().t()) * (inverse_a * inverse_b)).to(dtype)
-
-
 @with_fp8
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize("steps", [0, fp8.CURRENT_STEPS])
 def test_model_in_8_bits_equals_itself_on_the_twins(fused, deterministic, monkeypatch, steps, recompute):
     """But for a last bit here and there. Products are exact in both: a noise of 2^-20 on them turns so many 8-bit
     numbers, and those others behind them, that gradients come out three quarters as far apart as from bfloat16's."""
-    monkeypatch.setattr(fp8, "multiply", exact_product)
+    monkeypatch.setattr(fp8, "multiply", fp8.exact_product)
     results = []
     for twin in (False, True):
         if twin:
@@ -464,7 +460,7 @@ def test_model_in_8_bits_equals_itself_on_the_twins(fused, deterministic, monkey
 def test_product_in_8_bits_equals_the_exact_one(k, fast, tolerance):
     a, b = draw(256, k, scale=8.0).to(E4M3), draw(512, k, scale=8.0, seed=1).to(E5M2)
     inverses = [draw(1, seed=seed)[0].abs() for seed in (2, 3)]  # each in memory of its own, as cuBLASLt wants them
-    got, want = (product(a, b, *inverses, torch.float32, fast) for product in (fp8.multiply, exact_product))
+    got, want = (product(a, b, *inverses, torch.float32, fast) for product in (fp8.multiply, fp8.exact_product))
     assert (got - want).norm() <= tolerance * want.norm()
 
 

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from launching import ROOT, free_port, launch
+from launching import launch
 from muon_cases import CONFIG, LR, MODEL, MUON_LR, STEPS, batch, rate
 
 from model.hybrid import HybridLM
@@ -87,11 +85,7 @@ def cases(tmp_path_factory):
     folder, found, earlier = tmp_path_factory.mktemp("muon"), {}, []
     for processes in (4, 2, 1):
         found[processes] = folder / str(processes)
-        command = [
-            sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}",
-            f"--master_port={free_port()}", str(ROOT / "tests/muon_cases.py"), str(found[processes]), *earlier,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        done = launch(found[processes], *earlier, processes=processes, program="tests/muon_cases.py")
         assert done.returncode == 0, done.stderr[-3000:]
         earlier = [str(found[processes] / f"stage{stage}_accum1" / "step_0000002") for stage in (2, 3, 1)]
     return found

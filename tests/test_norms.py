@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
-from launching import ROOT, free_port
+from launching import launch
 from norms_worker import IN_BF16, RUNS, STEPS
 from parity_worker import CLIP, plain_run
 
@@ -33,11 +31,7 @@ def plain(data):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_norms_by_part_are_those_of_plain_pytorch(data, plain, processes, tmp_path):
     out = tmp_path / "results.json"
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}",
-        str(ROOT / "tests/norms_worker.py"), str(data), str(out),
-    ]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    result = launch(data, out, processes=processes, program="tests/norms_worker.py")
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads(out.read_text())
     assert len(results) == len(RUNS[processes])

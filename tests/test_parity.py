@@ -4,11 +4,9 @@ So do offloading and hierarchical partitioning: the runs read the files of ds_co
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
-from launching import ROOT, free_port
+from launching import launch
 from parity_worker import ACCUMULATIONS, CLIP, FILES, STEPS, plain_run
 
 
@@ -21,11 +19,7 @@ def plain(data):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_zero_json_and_accumulation_equals_plain_pytorch(data, plain, processes, tmp_path):
     out = tmp_path / "results.json"
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}",
-        str(ROOT / "tests/parity_worker.py"), str(data), str(out),
-    ]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    result = launch(data, out, processes=processes, program="tests/parity_worker.py")
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads(out.read_text())
     assert len(results) == len(FILES) * len(ACCUMULATIONS)

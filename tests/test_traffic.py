@@ -1,13 +1,11 @@
 """Gradients summed and weights gathered with fewer copies: what DeepSpeed's own way gives."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import ROOT, free_port
+from launching import launch
 from traffic_worker import WAYS
 
 from train.traffic import add_up_without_copies
@@ -16,11 +14,7 @@ from train.traffic import add_up_without_copies
 @pytest.mark.parametrize("processes", WAYS)
 def test_a_step_is_that_of_deepspeed(data, tmp_path, processes):
     out = tmp_path / "results"
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={free_port()}",
-        str(ROOT / "tests/traffic_worker.py"), str(data), str(out),
-    ]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    result = launch(data, out, processes=processes, program="tests/traffic_worker.py")
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in range(processes):
         results = json.loads(out.with_suffix(f".{rank}.json").read_text())

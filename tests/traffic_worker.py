@@ -58,8 +58,7 @@ def run(data, way):
             layer.compile(backend="aot_eager")  # all of it but the code for the machine, which needs a C++ compiler
     batches, losses, norms = training_batches(stream, plan, config.seed, rank, world_size, 1, "cpu"), [], []
     for step in range(1, STEPS + 1):
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan)
+        engines.set_learning_rate(engine, learning_rate(step, plan), plan)
         for _ in range(GRAD_ACCUM):
             batch = next(batches)
             loss = engine(batch.tokens, targets=batch.targets, document_ids=batch.document_ids)
