@@ -12,6 +12,7 @@ import pandas
 import pytest
 import torch
 from launching import ROOT
+from pynvml import NVML_ERROR_GPU_IS_LOST, NVMLError
 
 from model.config import PRESETS
 from train import gpu_readings
@@ -168,44 +169,22 @@ def test_mfu_is_left_out_with_one_line_where_there_is_no_peak_to_compare_with(
     assert "mfu" not in read_metrics(RunDir(tmp_path).metrics)[0]
 
 
-class TwoGpus:
-    """NVML's functions for a machine with a busy and an idle GPU."""
-
-    NVML_TEMPERATURE_GPU = 0
-
-    class NVMLError(Exception):
-        pass
-
+def test_readings_are_the_worst_or_the_sum_over_the_run_s_gpus(monkeypatch):
     lost = False
 
-    def nvmlInit(self):
-        pass
+    def power_draw(gpu):
+        if lost:
+            raise NVMLError(NVML_ERROR_GPU_IS_LOST)
+        return (652_400, 120_300, 75_000)[gpu]  # milliwatts
 
-    def nvmlDeviceGetCount(self):
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, i):
-        return i
-
-    def nvmlDeviceGetUtilizationRates(self, i):
-        return type("Rates", (), {"gpu": (99, 40)[i]})
-
-    def nvmlDeviceGetTemperature(self, i, sensor):
-        return (71, 45)[i]
-
-    def nvmlDeviceGetPowerUsage(self, i):
-        if self.lost:
-            raise self.NVMLError("GPU is lost")
-        return (652_400, 120_300)[i]  # milliwatts
-
-
-def test_readings_are_the_worst_or_the_sum_over_the_gpus(monkeypatch):
-    monkeypatch.setattr(gpu_readings, "pynvml", TwoGpus())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda gpu: (99, 40, 0)[gpu])
+    monkeypatch.setattr(torch.cuda, "temperature", lambda gpu: (71, 45, 80)[gpu])
+    monkeypatch.setattr(torch.cuda, "power_draw", power_draw)
     monkeypatch.setattr(gpu_readings, "SECONDS", 0.01)
-    readings = gpu_readings.GpuReadings()
-    expected = {"gpu_utilization_percent": 40, "gpu_temperature_c": 71, "gpu_power_w": 773}
-    assert readings.latest == expected
-    gpu_readings.pynvml.lost = True
+    readings = gpu_readings.GpuReadings(2)  # the third is another run's
+    assert readings.latest == {"gpu_utilization_percent": 40, "gpu_temperature_c": 71, "gpu_power_w": 773}
+    lost = True
     time.sleep(0.2)
     assert readings.latest == {}
     readings.close()
@@ -226,7 +205,7 @@ def test_real_gpus_give_plausible_readings(tmp_path):
 
 def test_machine_without_nvidia_driver_has_no_readings_and_no_warning(capfd):
     if not os.path.exists("/dev/nvidiactl"):
-        readings = gpu_readings.GpuReadings()
+        readings = gpu_readings.GpuReadings(1)
         assert readings.latest == {}
         assert capfd.readouterr() == ("", "")
 

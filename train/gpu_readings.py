@@ -1,24 +1,21 @@
-"""What the GPUs of this machine say of themselves through NVML, NVIDIA's driver library: load, temperature, power."""
+"""What a run's GPUs on this machine say of themselves through NVIDIA's driver: load, temperature, power."""
 
 import threading
 
-import pynvml
+import torch
+from pynvml import NVMLError
 
 SECONDS = 5  # between readings; the driver takes milliseconds to answer, so a thread asks, and not the training loop
 
 
 class GpuReadings:
-    """Reads all GPUs of this machine, in a thread. Where there is no NVIDIA driver, there is nothing to read."""
+    """Reads the first n_gpus that CUDA shows to this process, in a thread. Without GPUs there is nothing to read."""
 
-    def __init__(self):
+    def __init__(self, n_gpus):
         self.latest = {}
         self.stop = threading.Event()
-        try:
-            pynvml.nvmlInit()
-            self.handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        except pynvml.NVMLError:
-            self.handles = []
-        if self.handles:
+        self.gpus = range(min(n_gpus, torch.cuda.device_count()))
+        if self.gpus:
             self._read()
             threading.Thread(target=self._keep_reading, name="gpu readings", daemon=True).start()
 
@@ -29,13 +26,11 @@ class GpuReadings:
     def _read(self):
         try:
             self.latest = {
-                "gpu_utilization_percent": min(pynvml.nvmlDeviceGetUtilizationRates(h).gpu for h in self.handles),
-                "gpu_temperature_c": max(
-                    pynvml.nvmlDeviceGetTemperature(h, pynvml.NVML_TEMPERATURE_GPU) for h in self.handles
-                ),
-                "gpu_power_w": round(sum(pynvml.nvmlDeviceGetPowerUsage(h) for h in self.handles) / 1000),
+                "gpu_utilization_percent": min(map(torch.cuda.utilization, self.gpus)),
+                "gpu_temperature_c": max(map(torch.cuda.temperature, self.gpus)),
+                "gpu_power_w": round(sum(map(torch.cuda.power_draw, self.gpus)) / 1000),
             }
-        except pynvml.NVMLError:  # a reading that this GPU does not give, or a GPU that is lost
+        except (NVMLError, RuntimeError):  # a reading that this GPU does not give, or a GPU that is lost
             self.latest = {}
 
     def close(self):

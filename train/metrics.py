@@ -19,6 +19,7 @@ from tqdm import tqdm
 from curation.shards import new_file
 from train.gpu_readings import GpuReadings
 from train.hardware import gpu_of
+from train.processes import processes_on_this_host
 from train.run_dir import cut_metrics
 from train.tail import Tail, flat_row
 from train.trackers import start_trackers
@@ -29,7 +30,7 @@ class Metrics:
 
     To each row: `mfu` (where the GPU is known), `memory_gib`, the peak of what rank 0's GPU had allocated, and
     `memory_reserved_gib`; without a GPU the process's resident memory; and the GPUs' own readings, the worst or the
-    sum over all GPUs of rank 0's machine.
+    sum over the run's GPUs on rank 0's machine.
     """
 
     def __init__(self, run_dir, config, plan, first_step, world_size, record):
@@ -45,7 +46,7 @@ class Metrics:
             mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
             bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )  # fmt: skip
-        self.gpus = GpuReadings()
+        self.gpus = GpuReadings(processes_on_this_host())
         self.flops_per_token = plan.model.flops_per_token
         self.peak_flops = self._peak_flops(world_size, config, record)
         self.trackers = start_trackers(run_dir, config, first_step)

@@ -26,12 +26,14 @@ def start_processes(rank, world_size, timeout_minutes):
         # DeepSpeed would compile a shared-memory all-reduce at the first start: g++ is needed, a stale lock hangs it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # each process would take all cores, and the processes of a machine would wait for one another
-        on_this_host = os.environ.get("LOCAL_SIZE") or os.environ.get(
-            "LOCAL_WORLD_SIZE", 1
-        )  # DeepSpeed's or torchrun's
-        cores = len(os.sched_getaffinity(0)) // int(on_this_host)
+        cores = len(os.sched_getaffinity(0)) // processes_on_this_host()
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def processes_on_this_host():
+    """Of this run, as DeepSpeed's launcher or torchrun tells; 1 without them."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class Stop:
