@@ -22,7 +22,7 @@ def crowded_product(device):
     loops = [subprocess.Popen(busy, stdout=subprocess.PIPE) for _ in range(3)]
     for loop in loops:
         loop.stdout.readline()
-    os.nice(10)
+    os.nice(12)
     try:
         return measure(device)
     finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import ROOT, free_port
+from network import network, on
 
 from launch.cluster import main
 from launch.run_flags import split_words
@@ -298,34 +299,10 @@ HOSTS = {"braidC": "10.79.0.1", "braidD": "10.79.0.2"}
 SSHD_PORT = 2279
 
 
-def ip(*arguments, check=True):
-    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
-
-
-def remove_hosts():
-    for name in HOSTS:
-        for process in ip("netns", "pids", name, check=False).stdout.split():
-            os.kill(int(process), signal.SIGKILL)
-        ip("netns", "del", name, check=False)
-
-
 @pytest.fixture
 def hosts():
     """Two hosts with sshd; yields what ssh needs to reach them."""
-    if os.geteuid() or not all(map(shutil.which, ("ip", "pdsh", "sshd", "ssh-keygen"))):
-        pytest.skip("needs root, iproute2, pdsh and an ssh server")
-    remove_hosts()
-    with tempfile.TemporaryDirectory(prefix="hosts") as folder:
-        try:
-            for name in HOSTS:
-                ip("netns", "add", name)
-            ip("link", "add", "eth0", "netns", "braidC", "type", "veth", "peer", "name", "eth0", "netns", "braidD")
-            for name, address in HOSTS.items():
-                ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-                ip("-n", name, "link", "set", "lo", "up")
-                ip("-n", name, "link", "set", "eth0", "up")
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+    with network(HOSTS, "pdsh", "sshd", "ssh-keygen"), tempfile.TemporaryDirectory(prefix="hosts") as folder:
         for key in ("host", "id"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{folder}/{key}"], check=True)
         Path("/run/sshd").mkdir(exist_ok=True)
@@ -337,13 +314,12 @@ def hosts():
             words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
             log = ["-E", f"{folder}/{name}.log"]
             sshd = [shutil.which("sshd"), "-D", "-f", "/dev/null", *words, *log]
-            subprocess.Popen(["ip", "netns", "exec", name, *sshd])
+            subprocess.Popen([*on(name), *sshd])
         time.sleep(1)
         yield (
             f"-i {folder}/id -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "
             "-o BatchMode=yes"
         )
-        remove_hosts()
 
 
 def test_pdsh_script_tests_two_hosts_and_trains_across_them(hosts, data, tmp_path):
@@ -354,7 +330,7 @@ def test_pdsh_script_tests_two_hosts_and_trains_across_them(hosts, data, tmp_pat
     script = tmp_path / "out/run.sh"
     # on two cores that others use, the nodes' rates are not alike
     script.write_text(script.read_text().replace("launch.doctor --", "launch.doctor --least-of-median 0.05 --"))
-    command = ["ip", "netns", "exec", "braidC", "bash", script]
+    command = [*on("braidC"), "bash", script]
     (code,), (told,) = run_all([(command, {"PDSH_SSH_ARGS_APPEND": hosts})], timeout=150)
     assert code == 0, told[-4000:]
     assert "preflight: fine (nodes: 2, processes: 2)" in told

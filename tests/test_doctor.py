@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from launching import ROOT
+from network import network, on
 
 from curation.shards import manifest_checksum
 from launch.checks import FATAL_XIDS, checkpoint_bytes, disk_problems, health_problems, xid_problems
@@ -34,7 +35,7 @@ def start(ranks, *flags, faults=None, run=(), world_size=None, address="127.0.0.
         }  # fmt: skip
         if hosts:
             place["GLOO_SOCKET_IFNAME"] = "eth0"
-        command = ["ip", "netns", "exec", hosts[rank]] if hosts else []
+        command = on(hosts[rank]) if hosts else []
         command += [sys.executable, "tests/doctor_worker.py", faults.get(rank, "none"), *map(str, flags)]
         processes[rank] = subprocess.Popen(
             [*command, "--", *map(str, run[rank])] if run else command,
@@ -126,39 +127,16 @@ def test_frozen_nodes_other_versions_and_a_wrong_clock_are_named_and_the_others_
     assert out.splitlines()[-1] == "preflight: 3 of 4 nodes broken or slow: old, frozen, halted"
 
 
-def ip(*words, check=True):
-    return subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
-
-
 @pytest.fixture
 def three_hosts():
-    """Network namespaces at 10.80.0.1 to 3, joined by a bridge in a fourth."""
-    if os.geteuid() or not all(map(shutil.which, ("ip", "tc"))):
-        pytest.skip("network namespaces need root and iproute2")
-    names = [f"braidE{i}" for i in range(3)]
-    for name in [*names, "braidE"]:
-        ip("netns", "del", name, check=False)
-    try:
-        ip("netns", "add", "braidE")
-        ip("-n", "braidE", "link", "add", "br0", "type", "bridge")
-        ip("-n", "braidE", "link", "set", "br0", "up")
-        for i, name in enumerate(names):
-            ip("netns", "add", name)
-            ip("-n", "braidE", "link", "add", f"port{i}", "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("-n", name, "addr", "add", f"10.80.0.{i + 1}/24", "dev", "eth0")
-            for where, link in ((name, "lo"), (name, "eth0"), ("braidE", f"port{i}")):
-                ip("-n", where, "link", "set", link, "up")
-            ip("-n", "braidE", "link", "set", f"port{i}", "master", "br0")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-    yield names
-    for name in [*names, "braidE"]:
-        ip("netns", "del", name, check=False)
+    hosts = {f"braidE{i}": f"10.80.0.{i + 1}" for i in range(3)}
+    with network(hosts, "tc"):
+        yield list(hosts)
 
 
 def test_host_with_a_slow_network_is_named_and_its_neighbours_are_not(three_hosts):
     limit = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "200mbit", "burst", "64kb", "latency", "50ms"]
-    limited = subprocess.run(["ip", "netns", "exec", three_hosts[1], *limit], capture_output=True, text=True)
+    limited = subprocess.run([*on(three_hosts[1]), *limit], capture_output=True, text=True)
     if limited.returncode:
         pytest.skip(f"the kernel cannot limit a rate: {limited.stderr.strip()}")
     flags = ["--hosts", "left,slow,right", "--least-of-median", 0.2]

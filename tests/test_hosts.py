@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from network import network, on
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTS = {"braidA": "10.78.0.1", "braidB": "10.78.0.2"}
@@ -40,10 +40,6 @@ class WhichHost:
 """
 
 
-def ip(*arguments, check=True):
-    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
-
-
 @pytest.fixture
 def ray_folder():
     """Short, because sockets with long paths cannot be."""
@@ -53,30 +49,13 @@ def ray_folder():
 
 @pytest.fixture
 def hosts():
-    if os.geteuid() or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
-    for name in HOSTS:
-        ip("netns", "del", name, check=False)
-    try:
-        for name in HOSTS:
-            ip("netns", "add", name)
-        ip("link", "add", "eth0", "netns", "braidA", "type", "veth", "peer", "name", "eth0", "netns", "braidB")
-        for name, address in HOSTS.items():
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", "eth0", "up")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-    yield
-    for name in HOSTS:
-        for process in ip("netns", "pids", name, check=False).stdout.split():
-            os.kill(int(process), 9)
-        ip("netns", "del", name, check=False)
+    with network(HOSTS):
+        yield
 
 
 def on_host(name, *command, environment):
     return subprocess.run(
-        ["ip", "netns", "exec", name, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        [*on(name), *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
 
 
