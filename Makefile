@@ -77,8 +77,11 @@ inspect: setup  ## documents of a data folder as text: make inspect DATA=data/lo
 data-report: setup  ## data card and HTML report of a data folder: make data-report DATA=data/local
 	$(PY) -m curation.report $(DATA)
 
+# for runs beside one another
+FREE_PORT = $(shell $(PY) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+
 train: setup  ## train: make train SIZE=nano DATA=data/local RUN=runs/mine ARGS='--steps 100'
-	deepspeed --quiet --num_gpus=$(PROCESSES) train/launch.py --size $(SIZE) --data $(DATA) --run $(RUN) $(ARGS)
+	deepspeed --quiet --num_gpus=$(PROCESSES) --master_port=$(FREE_PORT) train/launch.py --size $(SIZE) --data $(DATA) --run $(RUN) $(ARGS)
 
 eval: setup need-CKPT  ## score a checkpoint beside GPT-3: make eval CKPT=runs/demo/checkpoints/step_0001600 DATA=data/evals TASKS='piqa mmlu'
 	$(PY) -m eval.scoreboard $(CKPT) $(if $(findstring command,$(origin DATA)),--benchmarks $(DATA)) $(if $(TASKS),--tasks $(TASKS)) $(EVAL_ARGS)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -180,6 +181,43 @@ def test_run_that_is_asked_to_leave_saves_and_says_by_its_code_whether_to_start_
     step = load_checkpoint(RunDir(run).checkpoints()[-1]).step
     assert f"stopped at step {step} of 4000; go on with --resume" in stderr
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == step
+
+
+STRANGERS = """
+import sys
+from torch import distributed as dist
+from train.exit_codes import leave
+from train.processes import start_processes
+
+run, rank = sys.argv[1:]
+try:
+    start_processes(int(rank), 2, 1, {"run": {"run": run, "seed": 7}})
+    dist.barrier()
+except ValueError as error:
+    print(error)
+leave(0)
+"""
+
+
+def test_runs_that_were_given_one_port_do_not_mix():
+    environment = os.environ | {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+
+    def start(run, rank):
+        command = [sys.executable, "-c", STRANGERS, run, str(rank)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    first = start("one", 0)
+    deadline = time.monotonic() + 60
+    while True:  # until it listens
+        with socket.socket() as knock:
+            if not knock.connect_ex(("127.0.0.1", int(environment["MASTER_PORT"]))):
+                break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    told = [process.communicate(timeout=60)[0] for process in (start("two", 0), start("two", 1))]
+    assert f"127.0.0.1:{environment['MASTER_PORT']} is taken" in told[0] and "--master_port" in told[0]
+    assert "run.run: 'one' there, 'two' here; two runs on a machine need ports of their own" in told[1]
+    assert start("one", 1).communicate(timeout=60)[0] == first.communicate(timeout=60)[0] == ""
 
 
 @pytest.fixture

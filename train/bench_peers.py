@@ -33,7 +33,7 @@ from torch.profiler import profile
 from model.bench_decode import take_mamba_ssm_bare
 from model.config import get_preset
 from model.stock import GRANITE, stock_class
-from train.bench import free_port, machine
+from train.bench import machine
 from train.bench_data import print_table
 from train.exit_codes import leave
 from train.hardware import gpu_of
@@ -60,7 +60,6 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, help="write all figures there")
     flags = parser.parse_args(argv)
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
     try:
         result = compare(flags)
     except (ValueError, FileNotFoundError, ImportError) as error:

@@ -82,7 +82,8 @@ def train(config, origins=None, explain_for=None):
     questions = make_questions(config, plan, data.tokenizer_file) if config.eval_data and rank == 0 else None
 
     stop = Stop()
-    start_processes(rank, world_size, config.timeout_minutes)
+    agreed = {what: record[what] for what in ("run", "plan", "model", "deepspeed", "data")}
+    start_processes(rank, world_size, config.timeout_minutes, agreed)
     device = deepspeed.get_accelerator().current_device_name()
     checkpoint = newest_whole(run_dir, say=say_on(rank)) if config.resume else None
     if config.init_from and not (checkpoint or initial):  # every checkpoint of the run's own is damaged

@@ -1,5 +1,6 @@
 """The processes of a run: how they join, what they tell one another each step, and how they are asked to stop."""
 
+import json
 import os
 import signal
 from datetime import timedelta
@@ -10,15 +11,18 @@ import torch
 import torch.distributed as dist
 
 from train.exit_codes import INTERRUPTED, REQUEUE
+from train.run_dir import flatten
 
 
-def start_processes(rank, world_size, timeout_minutes):
+def start_processes(rank, world_size, timeout_minutes, agreed=None):
     """Join the process group that the launcher's environment describes; alone, a group of one.
 
     timeout_minutes: without a limit of its own a lost process stalls the others for half an hour.
+    agreed: what all processes of a run must say alike, nested dicts of what JSON knows. ValueError where one does not,
+    as a process of another run on this machine, or where another run has the port.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("MASTER_PORT", "29500" if world_size > 1 else "0")  # alone: any that is free
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -28,7 +32,33 @@ def start_processes(rank, world_size, timeout_minutes):
         # each process would take all cores, and the processes of a machine would wait for one another
         cores = len(os.sched_getaffinity(0)) // processes_on_this_host()
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
-    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    store = meet(rank, world_size, timeout, agreed) if world_size > 1 else None
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    del store  # till here: the process group goes on with its server
+
+
+def meet(rank, world_size, timeout, agreed):
+    """The store at the run's address and port, once this process and rank 0 are known to be of one run."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    ports = "two runs on a machine need ports of their own: deepspeed --master_port=29501, or MASTER_PORT"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise ValueError(f"{place} is taken, by another run perhaps; {ports}") from None
+        raise ConnectionError(f"rank 0 does not answer at {place}: {str(error).splitlines()[0]}") from None
+    own = json.dumps(agreed, default=str)
+    if rank == 0:
+        store.set("agreed", own)
+    there, here = (flatten(json.loads(text)) for text in (store.get("agreed"), own))
+    apart = [f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in there | here if there.get(k) != here.get(k)]
+    if apart:
+        raise ValueError(
+            f"rank {rank} and the rank 0 at {place} are of two runs, or were not started alike: "
+            f"{'; '.join(apart[:3])}; {ports}; the processes of one need the same flags, files and GPUs"
+        )
+    return store
 
 
 def processes_on_this_host():
