@@ -203,6 +203,8 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it_and_bad_lines_are_named(tmp_pa
         ([], "no flags of train/launch.py"),
         (["--hostfile", "nowhere", "--", "--size", "tiny", "--data", "d"], "nowhere"),
         (["--min-hosts", "2", "--", "--size", "tiny", "--data", "d"], "--min-hosts 2 of 1 hosts"),
+        (["--processes", "0", "--", "--size", "tiny", "--data", "d"], "--processes 0; allowed: 1 or more"),
+        (["--processes", "-2", "--", "--size", "tiny", "--data", "d"], "--processes -2; allowed: 1 or more"),
         (["--env", "A", "--", "--size", "tiny", "--data", "d"], "--env A is not NAME=VALUE"),
         (["--", "--size", "9B", "--data", "d"], "9B"),
         (["--", "--data", "d"], "neither --size nor --preset"),
