@@ -29,6 +29,7 @@ CHECKPOINTS = 6  # --keep 5, and the best one
 # most, as large runs report goodputs of 91 to 97 %.
 ERRORS = {"h200": 0.10, "h100": 0.25, "a100-80": 0.25, "a100-40": 0.25}
 ERROR_UNCHECKED, DOWNTIME = 0.4, 0.10
+WORTH_SAYING = 0.10  # by how much attention over whole rows slows a step
 # Energy: a GPU in training draws most of its board power; the machine around it and the cooling add to it. CO2: the
 # world's electricity, 2023 (Ember, Global Electricity Review 2024).
 POWER_PART, MACHINE, COOLING, CO2_KG_PER_KWH = 0.85, 1.3, 1.2, 0.48
@@ -102,7 +103,7 @@ def make_request(flags):
 
 def describe(request, choice, data):
     """What a set-up is, needs and costs, as a dict that JSON takes."""
-    setup, model = choice.setup, request.model
+    setup, model, whole = choice.setup, request.model, choice.with_whole_rows
     error = ERRORS.get(setup.gpu.name, ERROR_UNCHECKED)
     checked = "as where it was checked" if setup.gpu.name in ERRORS else "it was never checked on this GPU"
     low, high = 1 - error, (1 + error) * (1 + DOWNTIME)
@@ -122,7 +123,9 @@ def describe(request, choice, data):
         ),
         "step_s": sum(choice.seconds.values()), "step_s_by_part": choice.seconds,
         "tokens_per_s": choice.tokens_per_s, "tokens_per_s_per_gpu": choice.tokens_per_s / setup.n_gpus,
-        "mfu": choice.mfu, "tokens": request.tokens, "days": choice.days, "gpu_hours": choice.gpu_hours,
+        "mfu": choice.mfu, "document_tokens": setup.document_tokens,
+        "whole_rows": {"tokens_per_s": whole.tokens_per_s, "mfu": whole.mfu, "days": whole.days},
+        "tokens": request.tokens, "days": choice.days, "gpu_hours": choice.gpu_hours,
         "dollars": choice.dollars, "price": choice.price,
         "dollars_by_offer": {
             f"{p['provider']}, {p['kind']}, {p['date']}": choice.gpu_hours * p["dollars_per_gpu_hour"] for p in offers
@@ -283,8 +286,16 @@ def print_set_up(r):
     days, reasons = r["range"]["days"], r["range"]["reasons"]
     print(
         f"  speed: {r['tokens_per_s']:,.0f} tokens/s, {r['tokens_per_s_per_gpu']:,.0f} a GPU, {r['mfu']:.0%} of the "
-        f"dense bf16 peak; a step {r['step_s']:.2f} s"
+        f"dense bf16 peak; a step {r['step_s']:.2f} s, on documents of {r['document_tokens']:,.0f} tokens on average "
+        "(--document-tokens)"
     )
+    whole = r["whole_rows"]
+    if r["tokens_per_s"] > (1 + WORTH_SAYING) * whole["tokens_per_s"]:
+        print(
+            f"    documents as long as a row: {whole['tokens_per_s']:,.0f} tokens/s, {whole['mfu']:.0%}, "
+            f"{whole['days']:,.2f} days; the part of the peak counts attention over whole rows, as training's MFU "
+            "does, the time within documents alone"
+        )
     for part, seconds in sorted(r["step_s_by_part"].items(), key=lambda item: -item[1]):
         if seconds > 0.005 * r["step_s"]:
             print(f"    {part:<22}{seconds / r['step_s']:>9.1%}")

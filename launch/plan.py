@@ -88,6 +88,12 @@ class Choice:
         flops = self.tokens_per_s / self.setup.n_gpus * self.setup.model.flops_per_token
         return flops / (self.setup.gpu.dense_tflops["bf16"] * 1e12)
 
+    @property
+    def with_whole_rows(self):
+        """The same set-up on documents as long as a row, whose attention the MFU counts, in training too."""
+        setup = replace(self.setup, document_tokens=self.setup.model.seq_len)
+        return replace(self, setup=setup, seconds=step_time(setup))
+
 
 @cache
 def zero_settings(name):

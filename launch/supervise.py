@@ -552,7 +552,7 @@ def main(argv=None):
         if not flags:
             raise ValueError("no flags of train/launch.py are given; they stand behind --, such as -- --size nano ...")
         if options.processes is not None and options.processes < 1:
-            raise ValueError(f"--processes {options.processes}; allowed: 1 or more (default: this machine's GPUs, or 1)")
+            raise ValueError(f"--processes {options.processes}; allowed: 1 or more; without it, this machine's GPUs")
         if options.hostfile and options.processes:
             raise ValueError("--processes is for one machine; with --hostfile its slots say how many")
         if options.hostfile and shutil.which("ssh") is None:

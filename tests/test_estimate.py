@@ -54,6 +54,24 @@ def test_tables_of_a_search_of_scaling_and_of_what_does_not_fit(capsys):
     assert "nothing keeps to it; the nearest:" in capsys.readouterr().out
 
 
+def test_rows_much_longer_than_documents_show_what_whole_rows_take(capsys):
+    """The MFU counts attention over the row, the time within documents: so it may pass the peak."""
+    request = "--size 6.7B --gpus 64 --seq-len 1000000 --ds-config zero3 --recompute layer".split()
+    assert main(request) == 0
+    printed = capsys.readouterr().out
+    assert " s, on documents of 1,024 tokens on average (--document-tokens)\n" in printed
+    (line,) = (line for line in printed.splitlines() if "documents as long as a row: " in line)
+    assert main([*request, "--json"]) == 0
+    packed = json.loads(capsys.readouterr().out)
+    assert main([*request, "--document-tokens", "1000000", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert packed["mfu"] > 1 > whole["mfu"]
+    assert packed["whole_rows"] == {name: whole[name] for name in ("tokens_per_s", "mfu", "days")}
+    assert f"{whole['tokens_per_s']:,.0f} tokens/s, {whole['mfu']:.0%}" in line
+    assert main(["--size", "6.7B"]) == 0
+    assert "documents as long as a row" not in capsys.readouterr().out
+
+
 def test_unknown_size_gets_one_line_and_exit_code_2(capsys):
     assert main(["--size", "7B"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown size '7B'; choose one of ")
