@@ -348,6 +348,21 @@ def print_scaling(rows):
     print("  the fastest: " + ", ".join(f"{row['best']} from {row['gpus']}" for row in turns))
 
 
+def draw(path, request, result):
+    """launch.picture.write_page. Raises ValueError, in one line."""
+    try:
+        from launch.picture import write_page  # plotly, which the planner alone does not need, takes a second to load
+
+        write_page(path, request, result)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--plot needs {error.name}, which this Python does not have: pip install plotly, or use .venv/bin/python "
+            "(make setup)"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"--plot {path} cannot be written: {error.strerror}; its folder must be there") from None
+
+
 def main(argv=None):
     flags = make_parser().parse_args(argv)
     try:
@@ -356,9 +371,7 @@ def main(argv=None):
         if flags.scaling:
             result["scaling"] = scaling(request, GPUS[result["gpu"]])
         if flags.plot:
-            from launch.picture import write_page  # plotly takes a second to load
-
-            write_page(Path(flags.plot), request, result)
+            draw(Path(flags.plot), request, result)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

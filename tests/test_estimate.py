@@ -56,14 +56,14 @@ def test_tables_of_a_search_of_scaling_and_of_what_does_not_fit(capsys):
 
 def test_rows_much_longer_than_documents_show_what_whole_rows_take(capsys):
     """The MFU counts attention over the row, the time within documents: so it may pass the peak."""
-    request = "--size 6.7B --gpus 64 --seq-len 1000000 --ds-config zero3 --recompute layer".split()
-    assert main(request) == 0
+    asked = ["--size", "6.7B", "--gpus", "64", "--seq-len", "1000000", "--ds-config", "zero3", "--recompute", "layer"]
+    assert main(asked) == 0
     printed = capsys.readouterr().out
     assert " s, on documents of 1,024 tokens on average (--document-tokens)\n" in printed
     (line,) = (line for line in printed.splitlines() if "documents as long as a row: " in line)
-    assert main([*request, "--json"]) == 0
+    assert main([*asked, "--json"]) == 0
     packed = json.loads(capsys.readouterr().out)
-    assert main([*request, "--document-tokens", "1000000", "--json"]) == 0
+    assert main([*asked, "--document-tokens", "1000000", "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)
     assert packed["mfu"] > 1 > whole["mfu"]
     assert packed["whole_rows"] == {name: whole[name] for name in ("tokens_per_s", "mfu", "days")}
@@ -100,6 +100,7 @@ def test_unknown_size_gets_one_line_and_exit_code_2(capsys):
         (["--fp8", "--gpu", "a100-80"], "--fp8: A100 SXM 80 GB has no 8-bit products; these have: h100, "),
         (["--layer-pattern", "MAX"], "layer pattern 'MAX' is not a string of M "),
         (["--plot", "x.png"], "--plot x.png: the pictures are a page; "),
+        (["--plot", "no/folder/x.html"], "--plot no/folder/x.html cannot be written: No such file or directory; "),
         (["--ds-config", "zero9"], "argument --ds-config: "),
         (["--budget", "100", "--size", "13B", "--gpu", "rtx4060"], "13B fits into no set-up of rtx4060; "),
     ],
@@ -113,3 +114,12 @@ def test_bad_input_gets_one_line_and_exit_code_2(flags, said, capsys):
     assert code == 2
     assert printed.startswith("error: ") and said in printed
     assert printed.count("\n") == 1
+
+
+def test_pictures_without_plotly_get_one_line_that_says_how_to_have_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.delitem(sys.modules, "launch.picture", raising=False)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert main(["--size", "1.3B", "--plot", str(tmp_path / "plan.html")]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: --plot needs plotly, ") and "pip install plotly" in printed.err
+    assert printed.err.count("\n") == 1 and not printed.out
