@@ -73,13 +73,14 @@ def test_every_command_of_the_readme_works(clone):
 
 
 def check_flags(command):
-    """A command for a cluster: the script is there and takes these flags."""
+    """A command for a cluster: the script is there and takes these flags; its data are not a few files of text."""
     words = shlex.split(command)
     script = words.index("train/launch.py")
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_flags(parser, TrainConfig)
     config, _ = make_config(vars(parser.parse_args(words[script + 1 :])))
     assert config.size in PRESETS
+    assert re.search(rf"^make curate RECIPE=eight .*OUT={config.data}\b", README, re.MULTILINE), config.data
     assert config.ds_config is None or (ROOT / config.ds_config).is_file()
 
 
