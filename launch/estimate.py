@@ -146,7 +146,7 @@ def describe(request, choice, data):
             f"{CHECKPOINTS} checkpoints": CHECKPOINTS * checkpoint / 1e9,
         },
         "energy_kwh": kwh, "co2_kg": kwh * CO2_KG_PER_KWH,
-        "command": command(request, choice, data),
+        "command": command(request, choice, data) if choice.fits else None,
     }  # fmt: skip
 
 
@@ -308,7 +308,8 @@ def print_set_up(r):
     storage = ", ".join(f"{name} {size:,.1f} GB" for name, size in r["storage_gb"].items())
     print(f"  storage: {storage}")
     print(f"  energy: some {r['energy_kwh']:,.0f} kWh, {r['co2_kg']:,.0f} kg of CO2 (order of magnitude)")
-    print(f"  start it with:\n    {r['command']}")
+    if r["command"]:
+        print(f"  start it with:\n    {r['command']}")
 
 
 def print_tables(result):

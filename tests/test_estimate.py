@@ -50,6 +50,7 @@ def test_tables_of_a_search_of_scaling_and_of_what_does_not_fit(capsys):
     assert main(["--size", "13B", "--gpus", "1", "--gpu", "rtx4060"]) == 0
     printed = capsys.readouterr().out
     assert "does not fit: " in printed and "what would have to give:" in printed
+    assert "start it with" not in printed and "deepspeed" not in printed
     assert main(["--size", "13B", "--tokens", "1T", "--days", "1", "--gpu", "a100-40"]) == 0
     assert "nothing keeps to it; the nearest:" in capsys.readouterr().out
 
