@@ -15,7 +15,19 @@ from pathlib import Path
 if __spec__ is None:  # run by path: import from the repo root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.plan import ZERO_FILES, Request, batch_of, command, prices, rank, scaling, search, what_would_give, within
+from launch.plan import (
+    ZERO_FILES,
+    Request,
+    batch_of,
+    command,
+    price_of,
+    prices,
+    rank,
+    scaling,
+    search,
+    what_would_give,
+    within,
+)
 from model.config import get_preset
 from train.config import OPTIMIZERS
 from train.hardware import GPUS, get_gpu
@@ -89,9 +101,17 @@ def make_request(flags):
     model = get_preset(flags.size, layer_pattern=flags.layer_pattern, seq_len=flags.seq_len)
     providers = sorted({p["provider"] for p in prices()})
     if flags.provider and flags.provider.lower() not in (p.lower() for p in providers):
-        raise ValueError(f"unknown provider {flags.provider!r}; launch/prices.json has {', '.join(providers)}")
+        raise ValueError(
+            f"unknown provider {flags.provider!r}; launch/prices.json has {', '.join(map(repr, providers))}"
+        )
     searching = flags.budget is not None or flags.days is not None
     gpu = get_gpu(flags.gpu) if flags.gpu else None if searching else GPUS["h100"]
+    if gpu and (flags.provider or flags.spot) and price_of(gpu, spot=flags.spot, provider=flags.provider) is None:
+        offers = "; ".join(f"{p['provider']} ({p['kind']})" for p in prices() if p["gpu"] == gpu.name)
+        raise ValueError(
+            f"launch/prices.json has no {'spot' if flags.spot else 'on-demand'} price of {gpu.name} from "
+            f"{flags.provider or 'anybody'}; add it there, or take one of: {offers or 'none'}"
+        )
     return Request(
         size=flags.size, model=model, tokens=flags.tokens or TOKENS_A_PARAMETER * model.n_parameters, gpu=gpu,
         n_gpus=flags.gpus or (None if searching else 8), batch_tokens=flags.batch_tokens,

@@ -88,6 +88,12 @@ def test_unknown_size_gets_one_line_and_exit_code_2(capsys):
         (["--gpus", "0"], "argument --gpus: "),
         (["--budget", "0"], "argument --budget: "),
         (["--provider", "nobody"], "unknown provider 'nobody'; launch/prices.json has "),
+        (["--provider", "nobody"], "'RunPod', 'largest clouds, middle of the market', 'own machine, "),
+        (["--provider", "packet.ai"], "has no on-demand price of h100 from packet.ai; add it there, or "),
+        (
+            ["--gpu", "a100-40", "--spot"],
+            "has no spot price of a100-40 from anybody; add it there, or take one of: AWS capacity blocks (on-demand)\n",
+        ),
         (["--batch-tokens", "1000"], "--batch-tokens 1,000 is not a multiple of 65,536 (8 GPUs x 1 "),
         (["--tokens", "5"], "--tokens 5 do not fill one step of 1,048,576 tokens; "),
         (
