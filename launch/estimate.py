@@ -7,6 +7,7 @@ python launch/estimate.py --size 2.7B --tokens 50B --budget 20000 --days 14
 import argparse
 import json
 import math
+import re
 import signal
 import sys
 from itertools import pairwise
@@ -48,19 +49,21 @@ POWER_PART, MACHINE, COOLING, CO2_KG_PER_KWH = 0.85, 1.3, 1.2, 0.48
 
 
 def number(text):
-    """100B, 1.5T, 20M, 300k or a plain number."""
-    scale = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:], 1)
-    value = float(text.removesuffix(text[-1:]) if scale != 1 else text) * scale
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(text)
+    """100B, 1.5T, 20M, 300K or a plain number."""
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper(), 1)
+    try:
+        value = float(text[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0; write it as 100B, 300M, 20K or in digits")
     return value
 
 
 def count(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; allowed: 1 or more")
+    return int(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +73,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser._negative_number_matcher = re.compile(r"-\d")  # else -5B is taken for a flag, and not refused as a number
     # fmt: off
     parser.add_argument("--size", required=True, help="a name in model.config.PRESETS: nano, 1.3B, 6.7B ...")
     parser.add_argument("--layer-pattern", help="one letter a layer, M or A, such as AMAMAMAM (default: the size's)")
