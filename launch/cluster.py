@@ -352,8 +352,11 @@ def main(argv: list[str] | None = None) -> int:
                 print(text if len(files) == 1 else f"# ---- {name}\n{text}", end="")
             return 0
         for name, text in files.items():
-            with new_file(Path(flags.out) / name) as file:
-                file.write(text.encode())
+            try:
+                with new_file(Path(flags.out) / name) as file:
+                    file.write(text.encode())
+            except OSError as error:
+                raise ValueError(f"--out {flags.out} cannot be written: {error.strerror}; give a folder") from None
             print(Path(flags.out) / name)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -465,7 +465,13 @@ def master_address(hosts):
 def read_hostfile(path):
     """{name: slots} of a hostfile in DeepSpeed's format, a line `name slots=8` each."""
     hosts: dict[str, int] = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    try:
+        text = Path(path).read_text(errors="replace")
+    except OSError as error:
+        raise ValueError(
+            f"--hostfile {path} cannot be read: {error.strerror}; give a file with a line `name slots=8` for each host"
+        ) from None
+    for number, line in enumerate(text.splitlines(), 1):
         line = line.split("#")[0].strip()
         if not line:
             continue
@@ -513,8 +519,11 @@ def count_gpus():
 
 def lock(run_dir):
     """Keep a second supervisor from the same run; the lock ends with this process. Raises ValueError."""
-    run_dir.path.mkdir(parents=True, exist_ok=True)
-    file = open(run_dir.path / LOG, "a")  # noqa: SIM115 - held until the process ends
+    try:
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir.path / LOG, "a")  # noqa: SIM115 - held until the process ends
+    except OSError as error:
+        raise ValueError(f"--run {run_dir.path} cannot be written: {error.strerror}; give a folder") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

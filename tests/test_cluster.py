@@ -138,6 +138,12 @@ def test_wrong_flags_are_one_line_and_nothing_is_written(words, said, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_where_the_folder_should_be_is_refused_in_one_line(capsys):
+    flags = ["slurm", "--nodes", "2", "--gpus-per-node", "1", "--out", __file__, "--", *RUN, "--data", "data/none"]
+    assert main(flags) == BAD_INPUT
+    assert capsys.readouterr().err == f"error: --out {__file__} cannot be written: File exists; give a folder\n"
+
+
 def test_without_out_a_single_file_is_printed_as_it_is(capsys):
     assert main(["slurm", "--nodes", "2", "--gpus-per-node", "1", "--", *RUN, "--data", "x"]) == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n")

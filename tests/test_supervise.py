@@ -201,7 +201,15 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it_and_bad_lines_are_named(tmp_pa
     ("arguments", "said"),
     [
         ([], "no flags of train/launch.py"),
-        (["--hostfile", "nowhere", "--", "--size", "tiny", "--data", "d"], "nowhere"),
+        (
+            ["--hostfile", "nowhere", "--", "--size", "tiny", "--data", "d"],
+            "--hostfile nowhere cannot be read: No such ",
+        ),
+        (["--hostfile", sys.executable, "--", "--size", "tiny", "--data", "d"], "each line is `name slots=8`"),
+        (
+            ["--", "--size", "tiny", "--data", "d", "--run", __file__],
+            f"--run {__file__} cannot be written: File exists; ",
+        ),
         (["--min-hosts", "2", "--", "--size", "tiny", "--data", "d"], "--min-hosts 2 of 1 hosts"),
         (["--processes", "0", "--", "--size", "tiny", "--data", "d"], "--processes 0; allowed: 1 or more"),
         (["--processes", "-2", "--", "--size", "tiny", "--data", "d"], "--processes -2; allowed: 1 or more"),
