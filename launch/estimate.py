@@ -7,7 +7,6 @@ python launch/estimate.py --size 2.7B --tokens 50B --budget 20000 --days 14
 import argparse
 import json
 import math
-import re
 import signal
 import sys
 from itertools import pairwise
@@ -73,7 +72,6 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser._negative_number_matcher = re.compile(r"-\d")  # else -5B is taken for a flag, and not refused as a number
     # fmt: off
     parser.add_argument("--size", required=True, help="a name in model.config.PRESETS: nano, 1.3B, 6.7B ...")
     parser.add_argument("--layer-pattern", help="one letter a layer, M or A, such as AMAMAMAM (default: the size's)")
