@@ -32,7 +32,7 @@ from torch import nn
 from curation.merges import CUT
 from curation.shards import file_sha256
 from curation.tokenizer import load_tokenizer
-from model.config import PRESETS
+from model.config import get_preset
 from model.decode import Decoder
 from model.scorer import BATCH_SIZE, MAX_LOGITS, padded, rows_that_fit, to_device
 from model.weights import MANIFEST, load_checkpoint
@@ -54,25 +54,28 @@ def load_model(spec, *, device, dtype=None, size=None):
     dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    if size is not None and size not in PRESETS:
-        raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if size is not None:
+        get_preset(size)  # refuses an unknown one before anything is fetched
     if torch.device(device).type == "cuda" and torch.device(device).index is not None:
         torch.cuda.set_device(device)  # or every process would keep a context on the first GPU too
     path = Path(spec)
     if (path / MANIFEST).is_file():
         checkpoint = load_checkpoint(path)
-        if size is not None:
-            check_size(spec, size, PRESETS[size].n_parameters, checkpoint.model_config.n_parameters, exact=True)
+        check_size(spec, size, checkpoint.model_config.n_parameters, exact=True)
         model, tokenizer = checkpoint.load_model(device), load_tokenizer(checkpoint.tokenizer_path)
         return OwnModel(model, tokenizer, dtype=dtype, name=str(spec), sha256=checkpoint.sha256)
     model = open_hf(spec, path, device, dtype)
-    if size is not None:
-        check_size(spec, size, PRESETS[size].n_parameters, model.n_parameters, exact=False)
+    check_size(spec, size, model.n_parameters, exact=False)
     return model
 
 
-def check_size(spec, size, expected, found, exact):
-    """exact: of the same shape; else within a fifth, as models of other families that go by the same number are."""
+def check_size(spec, size, found, exact):
+    """size None: any will do. exact: of the same shape; else within a fifth, as models of other families that go by
+    the same number are.
+    """
+    if size is None:
+        return
+    expected = get_preset(size).n_parameters
     if abs(found - expected) > (0 if exact else 0.2 * expected):
         raise ValueError(f"{spec} has {found:,} parameters, but size {size} has {expected:,}; give its own size")
 

@@ -33,15 +33,16 @@ from rich.table import Table
 
 from curation.shards import file_sha256, manifest_sha256, new_file, read_manifest, verify_files
 from curation.tokenizer import load_tokenizer
+from eval.command import check_out
 from eval.comparison import headline, make_board, read_samples
 from eval.contamination import benchmark_files, check_contamination, unclean_items
 from eval.harness import TASKS, HarnessLM, build_tasks, join_processes, run_tasks, task_name
 from eval.humaneval import judge
 from eval.intervals import NOT_COMPARABLE, perplexity, ratio, share
-from eval.models import DTYPES
+from eval.models import DTYPES, check_size
 from eval.report_scores import build_page
 from eval.sandbox import SandboxError, check_sandbox
-from eval.task_data import BENCHMARKS, check_names
+from eval.task_data import BENCHMARKS, check_names, check_pins
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
 from model.weights import MANIFEST, load_checkpoint
 from train.exit_codes import leave
@@ -280,20 +281,13 @@ def score_benchmarks(model, out, flags, data=None):
     out: folder for samples and kept answers. data: the data folder that the model was trained on, to look for the
     items in; None: nobody looks.
     """
-    names = check_names(flags.tasks)
-    if "humaneval" in names:
-        try:
-            check_sandbox()
-        except SandboxError as error:
-            others = " ".join(name for name in names if name != "humaneval")
-            raise SandboxError(f"humaneval: {error}; leave it out with --tasks {others}") from None
     result = run_tasks(
-        model, names, data=flags.benchmarks, device=flags.device, limit=flags.limit, batch_size=flags.batch_size,
+        model, flags.tasks, data=flags.benchmarks, device=flags.device, limit=flags.limit, batch_size=flags.batch_size,
         out=out, dtype=flags.dtype, size=flags.size,
     )  # fmt: skip
     if dist.is_initialized() and dist.get_rank() > 0:
         return None
-    if "humaneval" in names:
+    if "humaneval" in flags.tasks:
         path = out / "samples/humaneval.jsonl"
         items = read_samples(path)
         judge(items)
@@ -301,9 +295,9 @@ def score_benchmarks(model, out, flags, data=None):
             file.writelines((json.dumps(item, ensure_ascii=False) + "\n").encode() for item in items)
     unclean = None
     if data is not None:
-        report = check_contamination(data, benchmark_files(flags.benchmarks, names))
+        report = check_contamination(data, benchmark_files(flags.benchmarks, flags.tasks))
         write_json(out / "contamination.json", report)
-        unclean = {name: unclean_items(report, name) for name in names}
+        unclean = {name: unclean_items(report, name) for name in flags.tasks}
     board = make_board(result, out / "samples", unclean)
     return board | {key: result[key] for key in ("data", "settings") if key in result}
 
@@ -322,7 +316,9 @@ def eval_folder(checkpoint):
 
 
 def check_flags(flags):
-    """Fill in what depends on the machine; ValueError for a number or a combination that means nothing."""
+    """Fill in what depends on the machine; whether benchmarks are run. ValueError or FileNotFoundError for what would
+    end the scoring later on: a number or a combination that means nothing, an unknown task, files that are not there.
+    """
     if any(number is not None and number < 1 for number in (flags.batch_tokens, flags.batch_size, flags.limit)):
         raise ValueError(
             f"--batch-tokens {flags.batch_tokens} --batch-size {flags.batch_size} --limit {flags.limit}: all must be "
@@ -340,6 +336,16 @@ def check_flags(flags):
         raise ValueError(
             "--contamination looks for the benchmarks' items, so it needs their files: --benchmarks FOLDER"
         )
+    if with_benchmarks:
+        flags.tasks = check_names(flags.tasks)
+        if flags.benchmarks is not None:
+            check_pins(flags.benchmarks, flags.tasks)
+        if "humaneval" in flags.tasks:
+            try:
+                check_sandbox()
+            except SandboxError as error:
+                others = " ".join(name for name in flags.tasks if name != "humaneval")
+                raise SandboxError(f"humaneval: {error}; leave it out with --tasks {others}") from None
     return with_benchmarks
 
 
@@ -349,6 +355,8 @@ def run(flags):
     rank = int(os.environ.get("RANK", 0))
     is_ours = (Path(flags.checkpoint) / MANIFEST).is_file() or not with_benchmarks
     checkpoint = load_checkpoint(flags.checkpoint) if is_ours else None
+    if is_ours:
+        check_size(flags.checkpoint, flags.size, checkpoint.model_config.n_parameters, exact=True)
     # a limited run must not stand where the report looks for the full one
     suffix = "" if flags.limit is None else f".limit{flags.limit}"
     if flags.out:
@@ -357,16 +365,23 @@ def run(flags):
         out = eval_folder(checkpoint) / f"{Path(checkpoint.path).name}{suffix}.json"
     else:
         out = Path("scores") / f"{Path(flags.checkpoint).name}{suffix}.json"
+    check_out(out)
     folder = out.with_name(out.name.removesuffix(".json"))
+    if with_benchmarks and folder == out:
+        raise ValueError(f"--out {out} must end in .json: the folder of samples beside it has the name without")
     if flags.contamination and not (is_ours or flags.data):
         raise ValueError(
             f"--contamination needs the data folder that {flags.checkpoint} was trained on: --data FOLDER"
         )
-    scores = {"format": FORMAT}
+    scores, console = {"format": FORMAT}, Console(width=None if sys.stdout.isatty() else 150)
     if is_ours and rank == 0:  # before the processes are joined: it is small, and one process does it
         scores = score_checkpoint(
             checkpoint, flags.data, limit=flags.limit, batch_tokens=flags.batch_tokens, device=flags.device
         )
+        write_json(out, scores)  # the benchmarks may take hours
+        show(scores, console)
+        if with_benchmarks:
+            print(f"written to {out}; the benchmarks follow", flush=True)
     if with_benchmarks:
         join_processes()
         data = (flags.data or checkpoint.data["path"]) if flags.contamination else None
@@ -375,11 +390,7 @@ def run(flags):
         return
     if with_benchmarks:
         scores["benchmarks"] = board
-    write_json(out, scores)
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    if is_ours:
-        show(scores, console)
-    if with_benchmarks:
+        write_json(out, scores)
         show_board(board, console)
         page = folder.with_name(f"{folder.name}.html")
         with new_file(page) as file:

@@ -166,15 +166,17 @@ def test_humaneval_without_a_sandbox_is_refused_before_anything_is_scored(checkp
         raise scoreboard.SandboxError("no sandbox can be made on this machine, so nothing is run: no namespaces")
 
     monkeypatch.setattr(scoreboard, "check_sandbox", refuse)
-    monkeypatch.setattr(scoreboard, "run_tasks", lambda *_, **__: pytest.fail("scored all the same"))
+    monkeypatch.setattr(scoreboard, "HarnessLM", lambda *_, **__: pytest.fail("scored all the same"))
     flags = ["--benchmarks", str(benchmarks), "--tasks", "piqa", "humaneval", "--batch-tokens", "64"]
     assert scoreboard.main([str(checkpoint), *flags]) == 2
     [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert error.endswith("no namespaces; leave it out with --tasks piqa")
 
 
-def test_wrong_flags_get_one_line(checkpoint, benchmarks, tmp_path, monkeypatch, capsys):
+def test_wrong_flags_get_one_line_before_anything_is_scored(checkpoint, benchmarks, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scoreboard, "HarnessLM", lambda *_, **__: pytest.fail("scored all the same"))
+    (tmp_path / "file").touch()
     for flags, words in (
         (["--tasks", "trivia"], "there is no task 'trivia'"),
         (["--benchmarks", str(tmp_path / "none")], "does not exist"),
@@ -182,11 +184,26 @@ def test_wrong_flags_get_one_line(checkpoint, benchmarks, tmp_path, monkeypatch,
         (["--own-only", "--tasks", "piqa"], "--own-only"),
         (["--contamination", "--tasks", "piqa"], "--benchmarks FOLDER"),
         (["--benchmarks", str(benchmarks), "--tasks", "piqa", "--size", "1.3B"], "1.3B"),
+        (["--own-only", "--out", str(tmp_path / "file/x.json")], "file is not a folder; give another place"),
+        (["--own-only", "--out", str(tmp_path)], f"it is a folder; give the name of a file, such as {tmp_path}/"),
+        (["--tasks", "piqa", "--out", "x"], "--out x must end in .json"),
     ):
-        assert scoreboard.main([str(checkpoint), *flags, "--out", str(tmp_path / "x.json")]) == 2, flags
+        assert scoreboard.main([str(checkpoint), "--out", str(tmp_path / "x.json"), *flags]) == 2, flags
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert len(errors) == 1 and words in errors[0], errors
     assert not (tmp_path / "x.json").exists()
+
+
+def test_own_scores_are_kept_when_the_benchmarks_fail(checkpoint, benchmarks, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ValueError("piqa cannot be scored")
+
+    monkeypatch.setattr(scoreboard, "run_tasks", fail)
+    out = tmp_path / "scores.json"
+    flags = ["--benchmarks", str(benchmarks), "--tasks", "piqa", "--out", str(out)]
+    assert scoreboard.main([str(checkpoint), *flags]) == 2
+    assert "bits_per_byte" in json.loads(out.read_text())
+    assert "held-out bits per byte" in capsys.readouterr().out
 
 
 def test_without_benchmarks_the_own_scores_are_written_and_the_way_to_them_is_said(

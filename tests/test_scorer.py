@@ -302,7 +302,7 @@ def test_what_is_no_model_or_of_another_size_gets_one_line(exported, tmp_path):
         (tmp_path, None, "neither a checkpoint of ours"),
         (checkpoint, "1.3B", "parameters, but size 1.3B has"),
         (path, "nano", "parameters, but size nano has"),
-        (checkpoint, "9B", "size '9B' is unknown; choose one of"),
+        (checkpoint, "9B", "unknown size '9B'; choose one of"),
     ):
         with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
             load_model(spec, device="cpu", size=size)
