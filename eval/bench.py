@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from curation.tokenizer import load_tokenizer
+from eval.command import check_out
 from eval.comparison import read_samples
 from eval.harness import SEED, run_tasks
 from eval.humaneval import judge
@@ -37,7 +38,7 @@ from model.config import PRESETS
 from model.export import export
 from model.hybrid import HybridLM
 from model.scorer import BATCH_SIZE
-from model.weights import load_checkpoint, write_weights
+from model.weights import check_device, load_checkpoint, write_weights
 from train.run_dir import write_json
 
 
@@ -167,6 +168,9 @@ def main(argv=None):
             raise ValueError("give a checkpoint, or --random SIZE with --tokenizer FILE")
         if flags.hf_limit is not None and flags.hf_limit < 0:
             raise ValueError(f"--hf-limit {flags.hf_limit} is less than none; 0 leaves hf out")
+        check_device(flags.device)
+        if flags.json:
+            check_out(flags.json)
         names, hf_limit = check_names(flags.tasks), flags.hf_limit
         with tempfile.TemporaryDirectory() as folder:
             folder, checkpoint = Path(folder), flags.checkpoint

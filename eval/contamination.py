@@ -42,6 +42,7 @@ from curation.decontaminate import (
 from curation.dedup import mixed
 from curation.shards import manifest_sha256, open_shard, read_manifest
 from curation.tokenizer import load_tokenizer
+from eval.command import check_out
 from eval.task_data import BENCHMARKS as TASK_FILES
 from eval.task_data import check_names, definitions, file_name, subject
 from train.run_dir import write_json
@@ -287,6 +288,7 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, help="processes; default: one a core, or one for little text")
     flags = parser.parse_args(argv)
     try:
+        check_out(flags.out)
         report = check_contamination(flags.data, benchmark_files(flags.benchmarks, flags.tasks), flags.workers)
         write_json(flags.out, report)
     except (FileNotFoundError, ValueError) as error:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from eval.command import check_out
 from eval.comparison import BASELINES, choice_scores, read_samples, sample_files
 from eval.intervals import LEVEL, holm, mcnemar, paired_bootstrap, verdict_of
 from train.run_dir import write_json
@@ -167,6 +168,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default %(default)s)")
     flags = parser.parse_args(argv)
     try:
+        if flags.out:
+            check_out(flags.out)
         result = compare_runs(flags.a, flags.b, flags.seed)
         if flags.out:
             write_json(flags.out, result)

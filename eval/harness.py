@@ -29,10 +29,12 @@ from lm_eval.tasks import TaskManager
 
 from curation.shards import new_file
 from eval.answers import AnswerFile, answers_folder
+from eval.command import check_out
 from eval.models import DTYPES, OwnModel, load_model
 from eval.task_data import BENCHMARKS, check_names, check_pins, load_prompts, load_tasks
 from model.choices import choose, mean_scores
 from model.scorer import Scorer, windows
+from model.weights import check_device
 from train.exit_codes import leave
 from train.run_dir import write_json
 
@@ -324,6 +326,8 @@ def main(argv=None):
     rank = join_processes()
     device = flags.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
+        check_device(device)
+        check_out(flags.out / "results.json")
         results = run_tasks(
             flags.model, flags.tasks, data=flags.data, device=device, limit=flags.limit, batch_size=flags.batch_size,
             out=flags.out, dtype=flags.dtype, size=flags.size,

@@ -17,6 +17,7 @@ import datasets
 
 from curation.shards import new_file
 from curation.tokenizer import load_tokenizer
+from eval.command import check_out
 from eval.harness import SEED, ask_items
 from eval.models import OwnText
 from eval.task_data import BENCHMARKS, check_names, check_pins, load_tasks
@@ -88,6 +89,7 @@ def main(argv=None):
             raise ValueError(f"{written[0]} is written, not scored, which takes too long in training; leave it out")
         if flags.items < 1:
             raise ValueError(f"--items {flags.items} is too small; allowed: 1 or more")
+        check_out(flags.out)
         if flags.data is not None:
             check_pins(flags.data, names)
         tokenizer = load_tokenizer(flags.tokenizer)

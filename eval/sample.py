@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from curation.tokenizer import load_tokenizer
+from eval.command import check_out
 from eval.scoreboard import DEVICE, eval_folder
 from model.decode import Decoder
 from model.generate import generate
-from model.weights import load_checkpoint
+from model.weights import check_device, load_checkpoint
 from train.run_dir import write_json
 
 PROMPTS = ("", "def main(", "The function returns ")
@@ -65,8 +66,10 @@ def main(argv=None):
     try:
         if flags.max_tokens < 1:
             raise ValueError(f"--max-tokens {flags.max_tokens}: at least 1")
+        check_device(flags.device)
         checkpoint = load_checkpoint(flags.checkpoint)
         out = flags.out or eval_folder(checkpoint) / f"sample_{checkpoint.step:07d}.json"
+        check_out(out)
         model, tokenizer = checkpoint.load_model(flags.device), load_tokenizer(checkpoint.tokenizer_path)
         names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
         settings = {name: getattr(flags, name) for name in names}

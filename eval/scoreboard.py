@@ -44,7 +44,7 @@ from eval.report_scores import build_page
 from eval.sandbox import SandboxError, check_sandbox
 from eval.task_data import BENCHMARKS, check_names, check_pins
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
-from model.weights import MANIFEST, load_checkpoint
+from model.weights import MANIFEST, check_device, load_checkpoint
 from train.exit_codes import leave
 from train.run_dir import write_json
 
@@ -325,6 +325,7 @@ def check_flags(flags):
             "at least 1"
         )
     flags.device = flags.device or ("cpu" if DEVICE == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    check_device(flags.device)
     if flags.own_only and (flags.benchmarks or flags.tasks or flags.contamination):
         raise ValueError(
             "--own-only leaves the benchmarks out, so --benchmarks, --tasks and --contamination say nothing"

@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from curation.shards import file_problem, file_sha256, new_file
+from eval.command import check_out
 from train.run_dir import read_json, write_json
 
 BENCHMARKS = json.loads((Path(__file__).parent / "benchmarks.json").read_text(encoding="utf-8"))
@@ -211,6 +212,7 @@ def main(argv=None):
         if flags.check:
             print(f"{flags.folder}: {len(check_pins(flags.folder, names))} files are what {PINS} says")
         else:
+            check_out(Path(flags.folder) / PINS)
             fetch(flags.folder, names, flags.source)
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

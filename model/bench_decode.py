@@ -29,6 +29,7 @@ from model.decode import Decoder
 from model.export import join
 from model.hybrid import HybridLM
 from model.stock import parameter_names, stock_class, stock_config
+from model.weights import check_device
 
 PEER_MODES = ("eager", "compiled")
 
@@ -199,6 +200,7 @@ def main(argv=None):
     try:
         if min(*flags.contexts, flags.new_tokens - 1, *flags.batch, flags.peer_context, 1) < 1:
             raise ValueError("--contexts, --batch and --peer-context must be at least 1, --new-tokens at least 2")
+        check_device(flags.device)
         config = get_preset(flags.size) if flags.size else BENCH
         if flags.peer is not None:
             rows = []

@@ -114,6 +114,21 @@ class Checkpoint:
         return model.to(device).eval()
 
 
+def check_device(device):
+    """Raises ValueError, in one line, for a command's --device that this machine has not."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device} is unknown; give cpu, cuda or cuda:1")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if place.type == "cuda" and n_gpus == 0:
+        raise ValueError(f"--device {device}: no GPU here; leave it out")
+    if place.type == "cuda" and (place.index or 0) >= n_gpus:
+        raise ValueError(f"--device {device}: the last GPU here is cuda:{n_gpus - 1}")
+
+
 def load_checkpoint(path, rank=0, world_size=1):
     """Open a checkpoint folder and check every file of it against its manifest.
 

@@ -16,10 +16,12 @@ from small_run import make_data, make_model, make_run, make_text
 
 from curation.shards import file_sha256, read_manifest, write_manifest
 from curation.tokenizer import load_tokenizer, train_tokenizer
-from eval import sample, scoreboard
+from eval import bench, contamination, diff, harness, questions, sample, scoreboard, task_data
 from eval.harness import HarnessLM, build_tasks, score_choices
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
+from model import bench_decode
 from model.scorer import windows
+from model.weights import check_device
 from train.checkpoint import load_checkpoint
 
 
@@ -361,3 +363,65 @@ def test_sample_of_a_real_model_is_the_same_for_the_same_seed(checkpoint, capsys
     assert [prompt for prompt, _ in texts[0]] == list(sample.PROMPTS)
     assert sample.main([str(checkpoint), "--top-p", "0"]) == 2
     assert "top_p 0.0" in capsys.readouterr().err
+
+
+# ---- wrong input, by every command
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (harness, ["CKPT", "--out", "FILE"]),
+        (sample, ["CKPT", "--out", "FILE/x.json"]),
+        (diff, ["a", "b", "--out", "FILE/x.json"]),
+        (contamination, ["data", "evals", "--out", "FILE/x.json"]),
+        (questions, ["--tokenizer", "data", "--seq-len", "16", "--out", "FILE/x.json"]),
+        (task_data, ["FILE", "--source", "evals"]),
+        (bench, ["CKPT", "--json", "FILE/x.json"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_place_that_cannot_be_written_gets_one_line(command, flags, checkpoint, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    places = {"CKPT": str(checkpoint), "FILE": str(tmp_path / "file")}
+    for name, place in places.items():
+        flags = [flag.replace(name, place) for flag in flags]
+    assert command.main(flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: cannot write {tmp_path}/file/") and error.endswith(
+        "is not a folder; give another place"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "n_gpus", "said"),
+    [
+        ("cuda", 0, "--device cuda: no GPU here; leave it out"),
+        ("cuda:2", 2, "--device cuda:2: the last GPU here is cuda:1"),
+        ("gpu", 2, "--device gpu is unknown; give cpu, cuda or cuda:1"),
+        ("meta", 2, "--device meta is unknown"),
+    ],
+)
+def test_device_that_is_not_here_is_refused(device, n_gpus, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    with pytest.raises(ValueError, match=f"^{said}"):
+        check_device(device)
+    check_device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (harness, ["CKPT", "--out", "scores"]),
+        (sample, ["CKPT"]),
+        (scoreboard, ["CKPT", "--own-only"]),
+        (bench, ["CKPT"]),
+        (bench_decode, []),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_unknown_device_gets_one_line(command, flags, checkpoint, capsys):
+    flags = [flag.replace("CKPT", str(checkpoint)) for flag in flags]
+    assert command.main([*flags, "--device", "gpu"]) == 2
+    assert capsys.readouterr().err == "error: --device gpu is unknown; give cpu, cuda or cuda:1\n"
