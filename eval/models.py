@@ -35,7 +35,7 @@ from curation.tokenizer import load_tokenizer
 from model.config import get_preset
 from model.decode import Decoder
 from model.scorer import BATCH_SIZE, MAX_LOGITS, padded, rows_that_fit, to_device
-from model.weights import MANIFEST, load_checkpoint
+from model.weights import MANIFEST, load_checkpoint, newest_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARAGRAPH = re.compile(rf"(?:{CUT.pattern})(?=\n\n)")
@@ -59,7 +59,7 @@ def load_model(spec, *, device, dtype=None, size=None):
     if torch.device(device).type == "cuda" and torch.device(device).index is not None:
         torch.cuda.set_device(device)  # or every process would keep a context on the first GPU too
     path = Path(spec)
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or newest_checkpoint(path):  # a run is refused with the name of its newest
         checkpoint = load_checkpoint(path)
         check_size(spec, size, checkpoint.model_config.n_parameters, exact=True)
         model, tokenizer = checkpoint.load_model(device), load_tokenizer(checkpoint.tokenizer_path)
@@ -238,7 +238,7 @@ def open_hf(spec, path, device, dtype):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]).to(device).eval()
         return HFModel(model, tokenizer, dtype=dtype, **named)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{spec} cannot be scored: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"{spec} cannot be scored: {' '.join(str(error).split())}") from None
 
 
 def folder_sha256(path):

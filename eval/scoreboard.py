@@ -67,6 +67,11 @@ def score_checkpoint(checkpoint, data=None, *, limit=None, batch_tokens=8192, de
     manifest = open_data(checkpoint, folder, given=data is not None)
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     documents = read_documents(folder, manifest, limit)
+    if not any(source for _, source in documents):
+        raise ValueError(
+            f"data folder {folder} holds nothing out, so there is no text to score on; give one that does, made with "
+            "the same tokenizer: --data FOLDER (the benchmarks alone: python -m eval.harness)"
+        )
     lm = HarnessLM(checkpoint.load_model(device), tokenizer, batch_tokens=batch_tokens)
     samples = run_lm_eval(lm, documents)
     sha256 = manifest_sha256(folder)

@@ -164,12 +164,18 @@ def load_checkpoint(path, rank=0, world_size=1):
     return Checkpoint(path=path, files=files, **manifest)
 
 
+def newest_checkpoint(run):
+    """The folder of a run's last finished checkpoint; None where there is none, as in what is no run."""
+    return max((path.parent for path in run.glob(f"checkpoints/step_*[0-9]/{MANIFEST}")), default=None)
+
+
 def _read_manifest(folder):
     """The manifest's fields, without those that are about itself. Raises ValueError, in one line, if it is damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a checkpoint: it has no {MANIFEST}; give a folder such as .../checkpoints/step_0000400"
+            f"{folder} is not a checkpoint: it has no {MANIFEST}; give "
+            f"{newest_checkpoint(folder) or 'a folder such as .../checkpoints/step_0000400'}"
         )
     try:
         manifest = json.loads(path.read_bytes())

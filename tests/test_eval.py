@@ -301,6 +301,7 @@ def test_what_is_not_a_checkpoint_or_not_its_data_gets_one_line(checkpoint, fold
         capsys, checkpoint, "--data", tmp_path / "none"
     )
     assert "at least 1" in refusal(capsys, checkpoint, "--limit", 0)
+    assert refusal(capsys, checkpoint.parents[1]).endswith(f"it has no checkpoint.json; give {checkpoint}")
     shutil.copytree(checkpoint, tmp_path / "elsewhere")
     assert "--out" in refusal(capsys, tmp_path / "elsewhere")
 
@@ -324,6 +325,17 @@ def test_data_that_was_altered_remade_or_tokenized_otherwise_is_refused(folder, 
     manifest["tokenizer"]["sha256"] = file_sha256(data / "tokenizer.model")
     write_manifest(data, manifest)
     assert "another tokenizer" in refusal(capsys, checkpoint, "--data", data)
+
+
+def test_data_that_holds_nothing_out_is_refused_before_the_model_is_loaded(folder, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    manifest = read_manifest(data)
+    manifest["splits"]["heldout"] = {"documents": 0, "tokens": 0, "text_bytes": 0, "sources": {}}
+    write_manifest(data, manifest)
+    checkpoint = make_run(tmp_path / "run", data, make_model())
+    monkeypatch.setattr(scoreboard, "HarnessLM", lambda *_, **__: pytest.fail("loaded all the same"))
+    assert f"data folder {data} holds nothing out" in refusal(capsys, checkpoint)
 
 
 def test_sample_goes_on_to_the_separator_and_no_further(folder, tokenizer, tmp_path, monkeypatch, capsys):

@@ -297,10 +297,14 @@ def test_a_cache_that_does_not_continue_exactly_is_not_used(exported, monkeypatc
 
 def test_what_is_no_model_or_of_another_size_gets_one_line(exported, tmp_path):
     checkpoint, path = exported
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/config.json").write_text("{}")
     for spec, size, message in (
         (tmp_path / "none", None, "does not exist; give"),
         (tmp_path, None, "neither a checkpoint of ours"),
+        (tmp_path / "bare", None, "cannot be scored: .* to a fast one.$"),  # all that transformers says
         (checkpoint, "1.3B", "parameters, but size 1.3B has"),
+        (checkpoint.parents[1], None, f"it has no checkpoint.json; give {checkpoint}"),
         (path, "nano", "parameters, but size nano has"),
         (checkpoint, "9B", "unknown size '9B'; choose one of"),
     ):
