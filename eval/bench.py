@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from curation.tokenizer import load_tokenizer
-from eval.command import check_out
+from eval.command import check_out, run_command
 from eval.comparison import read_samples
 from eval.harness import SEED, run_tasks
 from eval.humaneval import judge
@@ -228,4 +228,4 @@ def random_model(size, device):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -42,7 +42,7 @@ from curation.decontaminate import (
 from curation.dedup import mixed
 from curation.shards import manifest_sha256, open_shard, read_manifest
 from curation.tokenizer import load_tokenizer
-from eval.command import check_out
+from eval.command import check_out, run_command
 from eval.task_data import BENCHMARKS as TASK_FILES
 from eval.task_data import check_names, definitions, file_name, subject
 from train.run_dir import write_json
@@ -303,4 +303,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

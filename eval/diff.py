@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from eval.command import check_out
+from eval.command import check_out, run_command
 from eval.comparison import BASELINES, choice_scores, read_samples, sample_files
 from eval.intervals import LEVEL, holm, mcnemar, paired_bootstrap, verdict_of
 from train.run_dir import write_json
@@ -183,4 +183,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

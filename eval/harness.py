@@ -29,13 +29,12 @@ from lm_eval.tasks import TaskManager
 
 from curation.shards import new_file
 from eval.answers import AnswerFile, answers_folder
-from eval.command import check_out
+from eval.command import check_out, run_command
 from eval.models import DTYPES, OwnModel, load_model
 from eval.task_data import BENCHMARKS, check_names, check_pins, load_prompts, load_tasks
 from model.choices import choose, mean_scores
 from model.scorer import Scorer, windows
 from model.weights import check_device
-from train.exit_codes import leave
 from train.run_dir import write_json
 
 SEED = 1234  # of shots that are drawn: lm-eval's own
@@ -359,4 +358,4 @@ def join_processes():
 
 
 if __name__ == "__main__":
-    leave(main())
+    run_command(main, "run the same command to go on")

@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from eval.command import run_command
 from eval.sandbox import PASSED, check_sandbox, run_program
 
 SECONDS = 10.0  # by the clock for one program; the slowest canonical solution takes a fraction of it
@@ -80,4 +81,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -17,7 +17,7 @@ import datasets
 
 from curation.shards import new_file
 from curation.tokenizer import load_tokenizer
-from eval.command import check_out
+from eval.command import check_out, run_command
 from eval.harness import SEED, ask_items
 from eval.models import OwnText
 from eval.task_data import BENCHMARKS, check_names, check_pins, load_tasks
@@ -103,4 +103,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -31,6 +31,7 @@ from curation.figures import (
     source_colors,
 )
 from curation.shards import manifest_sha256, new_file, read_manifest
+from eval.command import run_command
 from eval.comparison import BASELINES, headline
 from eval.intervals import wilson
 from eval.scoreboard import shown, verdict, with_error
@@ -362,4 +363,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

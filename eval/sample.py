@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from curation.tokenizer import load_tokenizer
-from eval.command import check_out
+from eval.command import check_out, run_command
 from eval.scoreboard import DEVICE, eval_folder
 from model.decode import Decoder
 from model.generate import generate
@@ -95,4 +95,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from curation.shards import file_sha256, manifest_sha256, new_file, read_manifest, verify_files
 from curation.tokenizer import load_tokenizer
-from eval.command import check_out
+from eval.command import check_out, run_command
 from eval.comparison import headline, make_board, read_samples
 from eval.contamination import benchmark_files, check_contamination, unclean_items
 from eval.harness import TASKS, HarnessLM, build_tasks, join_processes, run_tasks, task_name
@@ -45,7 +45,6 @@ from eval.sandbox import SandboxError, check_sandbox
 from eval.task_data import BENCHMARKS, check_names, check_pins
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
 from model.weights import MANIFEST, check_device, load_checkpoint
-from train.exit_codes import leave
 from train.run_dir import write_json
 
 FORMAT = 1
@@ -444,4 +443,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    leave(main())
+    run_command(main, "run the same command again; the benchmarks' answers so far are kept")

@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from curation.shards import file_problem, file_sha256, new_file
-from eval.command import check_out
+from eval.command import check_out, run_command
 from train.run_dir import read_json, write_json
 
 BENCHMARKS = json.loads((Path(__file__).parent / "benchmarks.json").read_text(encoding="utf-8"))
@@ -221,4 +221,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, "run the same command to go on")

@@ -1,9 +1,12 @@
 """Scores: every token once, the same at any batch size, chance for a constant model and none for a broken one."""
 
+import argparse
 import gzip
 import json
 import math
+import runpy
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from small_run import make_data, make_model, make_run, make_text
 
 from curation.shards import file_sha256, read_manifest, write_manifest
 from curation.tokenizer import load_tokenizer, train_tokenizer
-from eval import bench, contamination, diff, harness, questions, sample, scoreboard, task_data
+from eval import bench, contamination, diff, harness, questions, report, sample, scoreboard, task_data
 from eval.harness import HarnessLM, build_tasks, score_choices
 from eval.yardsticks import gzip_bits_per_byte, unigram_bits_per_byte
 from model import bench_decode
@@ -437,3 +440,24 @@ def test_unknown_device_gets_one_line(command, flags, checkpoint, capsys):
     flags = [flag.replace("CKPT", str(checkpoint)) for flag in flags]
     assert command.main([*flags, "--device", "gpu"]) == 2
     assert capsys.readouterr().err == "error: --device gpu is unknown; give cpu, cuda or cuda:1\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (harness, "run the same command to go on"),
+        (scoreboard, "run the same command again; the benchmarks' answers so far are kept"),
+        (sample, "run the same command to start again"),
+        (report, "run the same command to start again"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_ctrl_c_ends_a_command_with_one_line(command, said, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", interrupt)
+    monkeypatch.setattr("eval.command.leave", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(command.__file__, run_name="__main__")
+    assert (end.value.code, capsys.readouterr().err) == (130, f"interrupted; {said}\n")
