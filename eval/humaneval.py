@@ -49,8 +49,10 @@ def judge(items, *, seconds=SECONDS, processes=None):
 
 
 def read_problems(path):
-    """HumanEval's rows from its .jsonl or .jsonl.gz. Raises ValueError where the columns are missing."""
+    """HumanEval's rows from its .jsonl or .jsonl.gz. ValueError where columns are missing, FileNotFoundError."""
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"humaneval needs {path}, which is not there; `make eval-data` makes such a folder")
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         problems = [json.loads(line) for line in lines]
     for number, row in enumerate(problems):

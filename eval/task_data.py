@@ -83,7 +83,8 @@ def where_data_is_missing(name, definition, data, error):
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return FileNotFoundError(
         f"{name}: {definition['dataset_path']} is not to be had from the Hub ({reason}); with a network, "
-        "`make eval-data DATA=data/evals` fetches all of it, and DATA=data/evals uses it"
+        "`make eval-data DATA=data/evals` fetches all of it; without one, SOURCE=FOLDER copies it from where it is; "
+        "DATA=data/evals then uses it"
     )
 
 

@@ -234,7 +234,8 @@ def test_what_is_wrong_or_missing_gets_one_line(checkpoint, questions, tmp_path,
     wrong = refusal(capsys, *flags, "--data", questions, "--tasks", "piqa", "--size", "1.3B")
     assert "parameters, but size 1.3B has" in wrong
     assert "at least 1" in refusal(capsys, *flags, "--data", questions, "--limit", 0)
-    assert "not to be had from the Hub" in refusal(capsys, *flags, "--tasks", "piqa")  # no network here
+    missing = refusal(capsys, *flags, "--tasks", "piqa")  # no network here
+    assert "not to be had from the Hub" in missing and "without one, SOURCE=FOLDER copies it" in missing
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa/validation.jsonl").write_text("{")
     assert "line 1 is not JSON" in refusal(capsys, *flags, "--data", tmp_path, "--tasks", "piqa")

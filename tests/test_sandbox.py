@@ -188,6 +188,12 @@ def test_completions_are_judged_by_the_problems_own_tests():
     assert [outcome.status for outcome in outcomes] == [PASSED, FAILED, TIMED_OUT, FAILED]
 
 
+def test_file_that_is_not_there_is_refused_with_the_way_to_it(tmp_path, capsys):
+    assert humaneval.main([str(tmp_path / "test.jsonl")]) == 2
+    said = f"error: humaneval needs {tmp_path}/test.jsonl, which is not there; `make eval-data` makes such a folder\n"
+    assert capsys.readouterr().err == said
+
+
 def test_canonical_solutions_are_checked_from_the_command_line(tmp_path, capsys):
     path = tmp_path / "problems.jsonl.gz"
     wrong = {**PROBLEM, "task_id": "own/1", "canonical_solution": "    return 3\n"}
