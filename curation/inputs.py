@@ -9,8 +9,6 @@ from curation.shards import new_file
 from curation.sources import Piece, choose_files, list_files, make_pieces, piece_of, with_digests
 from curation.work import code_version, key_of
 
-SETTINGS_FILE = "settings.json"  # in the work folder: says that the folder is ours
-
 
 def find_pieces(settings: Settings, mirror: Path | None, work: Path) -> dict[str, tuple[Piece, ...]]:
     """What there is to read: the files of each source that its budget needs, cut into pieces.

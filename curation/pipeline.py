@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from curation.inputs import SETTINGS_FILE, find_pieces, inputs_key
+from curation.inputs import find_pieces, inputs_key
 from curation.plan import print_plan
 from curation.recipe import RECIPES, STOCK, Settings, tokens_of
-from curation.shards import MANIFEST, new_file, read_manifest
+from curation.shards import MANIFEST, SETTINGS, new_file, read_manifest
 
 
 def curate(
@@ -31,6 +31,8 @@ def curate(
     Raises ValueError when it was made from something else and `update` is not given, or is something else.
     """
     refuse_foreign_folder(out)
+    if not update and not (out / MANIFEST).exists():
+        refuse_other_corpus(settings, out)
     work = out / "work"
     pieces = find_pieces(settings, mirror, work)
     if (out / MANIFEST).exists():
@@ -43,7 +45,7 @@ def curate(
             print(f"{out} is complete ({made}); nothing to do")
             return
         if not update:
-            refuse_other_settings(manifest, settings.resolved(), out)
+            refuse_other_settings(manifest.get("settings", {}), settings.resolved(), out)
     from curation.executors import Share, run_local, run_ray  # datatrove loads only when there is work
     from curation.report import write_report
     from curation.stages import Run, build, only_writer, unused_folders
@@ -52,7 +54,7 @@ def curate(
     os.environ.setdefault("HF_HUB_OFFLINE", "0" if uses_hub(settings, mirror) else "1")
     run = Run(settings=settings, work=work, pieces=pieces)
     with only_writer(work):
-        new_settings_file(work, settings)
+        new_settings_file(out, settings)
         if on_ray:
             manifest = build(run, out, lambda stage: run_ray(stage, work, n_workers))
         else:
@@ -74,9 +76,14 @@ def uses_hub(settings: Settings, mirror: Path | None) -> bool:
     return mirror is None and any(source.repo is not None for source in settings.sources)
 
 
-def new_settings_file(work: Path, settings: Settings) -> None:
-    with new_file(work / SETTINGS_FILE) as file:
-        file.write(json.dumps(settings.resolved(), indent=1).encode())
+def new_settings_file(out: Path, settings: Settings) -> None:
+    with new_file(out / SETTINGS) as file:
+        file.write(json.dumps(settings.resolved() | corpus_of(settings), indent=1).encode())
+
+
+def corpus_of(settings: Settings) -> dict[str, Any]:
+    """What may not change while a folder is being made: other options do again what they change, this all of it."""
+    return {"recipe": settings.recipe, "input": settings.input and os.path.abspath(settings.input)}
 
 
 def folder_mb(folders: list[Path]) -> float:
@@ -84,13 +91,22 @@ def folder_mb(folders: list[Path]) -> float:
     return sum(path.stat().st_size for path in files) / 1e6
 
 
-def refuse_other_settings(manifest: dict[str, Any], resolved: dict[str, Any], out: Path) -> None:
-    there, asked = flat(manifest.get("settings", {})), flat(resolved)
+def refuse_other_corpus(settings: Settings, out: Path) -> None:
+    """An unfinished folder goes on with the text that it was begun with, or not at all."""
+    asked = corpus_of(settings)
+    begun = json.loads((out / SETTINGS).read_bytes()) if (out / SETTINGS).is_file() else asked
+    there = {name: begun.get(name, asked[name]) for name in asked}
+    if there != asked:
+        refuse_other_settings(there, asked, out)
+
+
+def refuse_other_settings(made: dict[str, Any], given: dict[str, Any], out: Path) -> None:
+    there, asked = flat(made), flat(given)
     differences = [name for name in asked | there if there.get(name) != asked.get(name)]
     shown = "; ".join(f"{name} is {there.get(name)} there, now {asked.get(name)}" for name in differences[:3])
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
     what = f"with other settings ({shown}{more})" if differences else "from other files than there are now"
-    raise ValueError(f"{out} was made {what}; add --update to make again what that changes, or choose another --out")
+    raise ValueError(f"{out} is made {what}; add --update to make again what that changes, or choose another --out")
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, str]:
@@ -105,7 +121,7 @@ def refuse_foreign_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a new or empty folder")
     others = {path.name for path in out.iterdir()} - {"work"} if out.exists() else set()
-    if others and not (out / "work/settings.json").is_file():
+    if others and not (out / SETTINGS).is_file():
         raise ValueError(f"--out {out} holds other things ({min(others)}, ...); give a new or empty folder")
 
 
@@ -174,7 +190,9 @@ def share_of(text: str) -> tuple[int, int]:
     return int(index), int(of)
 
 
-def do_share(settings: Settings, out: Path, n_workers: int, mirror: Path | None, stage: str, share: str) -> None:
+def do_share(
+    settings: Settings, out: Path, n_workers: int, mirror: Path | None, update: bool, stage: str, share: str
+) -> None:
     """Our share of one stage, beside other hosts that do theirs in the same folder."""
     from curation.executors import Share
     from curation.report import write_report
@@ -185,9 +203,11 @@ def do_share(settings: Settings, out: Path, n_workers: int, mirror: Path | None,
         raise ValueError(f"unknown stage {stage!r}; allowed: {', '.join(NAMES)}, publish")
     index, of = share_of(share)
     refuse_foreign_folder(out)
+    if not update:
+        refuse_other_corpus(settings, out)
     work = out / "work"
     run = Run(settings=settings, work=work, pieces=find_pieces(settings, mirror, work))
-    new_settings_file(work, settings)
+    new_settings_file(out, settings)
     with worker_processes(n_workers, work) as workers:
         if stage != "publish":
             run_share(run, stage, Share(index=index, of=of), workers)
@@ -238,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--stock", default="", help=f"what datatrove's own steps do instead of ours: {', '.join(STOCK)}")
     add("--plan", action="store_true", help="print what the run reads, makes, needs and takes, and start nothing")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; the result does not depend on it")
-    add("--update", action="store_true", help="make a finished folder again as far as settings or files have changed")
+    add("--update", action="store_true", help="make a folder again as far as settings or files have changed")
     add("--prune", action="store_true", help="remove what the work folder has of other settings, files and code")
     add("--executor", choices=("local", "ray"), default="local", help="where tasks run (default: local)")
     add("--stage", help="do one stage only, or a --share of it")
@@ -288,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
                 flags.slurm_mem_gb,
             )  # fmt: skip
         elif flags.stage is not None:
-            do_share(settings, out, flags.workers, flags.mirror, flags.stage, flags.share or "0/1")
+            do_share(settings, out, flags.workers, flags.mirror, flags.update, flags.stage, flags.share or "0/1")
         else:
             curate(settings, out, flags.workers, flags.mirror, flags.update, flags.prune, flags.executor == "ray")
     except (ValueError, OSError, RuntimeError) as error:

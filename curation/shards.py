@@ -36,6 +36,7 @@ import numpy as np
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+SETTINGS = "work/settings.json"  # of what a data folder is being made; says that the folder is ours
 SPLITS = ("train", "heldout")
 HASHING_THREADS = 16  # of verify_files: one core hashes 0.5 to 1.5 GB/s, less than many disks read
 KEYS = {"format", "tokenizer", "token_dtype", "splits", "files", "sha256"}  # what reading needs of a manifest
@@ -242,16 +243,15 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a finished data folder.
 
-    Raises FileNotFoundError if the folder is missing or unfinished, ValueError if its manifest is not ours.
+    Raises FileNotFoundError if the folder is missing, unfinished or something else, ValueError if its manifest is not
+    ours.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist; make it with: make curate OUT={folder}")
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(
-            f"data folder {folder} is unfinished: it has no {MANIFEST}; go on with: make curate OUT={folder}"
-        )
+        raise FileNotFoundError(why_no_manifest(folder))
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
@@ -263,6 +263,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if manifest["sha256"] != manifest_checksum(manifest):
         raise ValueError(f"{path} was altered: its own sha256 does not fit; make the folder again")
     return manifest
+
+
+def why_no_manifest(folder: Path) -> str:
+    if not (folder / SETTINGS).is_file():
+        return (
+            f"{folder} is not a data folder: it has no {MANIFEST}; "
+            f"of text, one is made with: make curate RECIPE=own INPUT={folder} OUT=data/own"
+        )
+    begun = json.loads((folder / SETTINGS).read_bytes())
+    of = f"recipe {begun['recipe']}" + (f", input {begun['input']}" if begun.get("input") else "")
+    return f"data folder {folder} is unfinished: it has no {MANIFEST}; run the command that began it again ({of})"
 
 
 def manifest_sha256(folder: str | Path) -> str:

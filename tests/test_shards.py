@@ -298,9 +298,12 @@ def test_inspect_shows_documents_as_text(data, capsys):
 def test_missing_unfinished_and_foreign_folders_are_told_apart(tmp_path, folder, capsys):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_manifest(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="unfinished"):
-        open_stream(tmp_path / "empty", "train")
+    (tmp_path / "begun/work").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"begun is not a data folder.* RECIPE=own INPUT="):
+        open_stream(tmp_path / "begun", "train")
+    (tmp_path / "begun/work/settings.json").write_text('{"recipe": "eight", "input": null}')
+    with pytest.raises(FileNotFoundError, match=r"unfinished.* run the command that began it again \(recipe eight\)"):
+        open_stream(tmp_path / "begun", "train")
     for text, message in [
         ("{", "not JSON"),
         ("[]", "not the manifest"),

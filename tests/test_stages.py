@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -180,6 +181,22 @@ def test_added_and_removed_files_and_changed_options_do_again_what_they_change(t
     fresh = tmp_path / "again"
     curate(folder, fresh)
     assert {p.relative_to(out) for p in tasks_done(out)} == {p.relative_to(fresh) for p in tasks_done(fresh)}
+
+
+def test_unfinished_folder_goes_on_with_the_text_that_it_was_begun_with(texts, tmp_path, capsys):
+    out, other = tmp_path / "data", tmp_path / "other"
+    other.mkdir()
+    write_rows(other / "a.jsonl", range(200, 240))
+    assert pipeline.main(command(texts, out, "--stage", "read")) == 0
+    with pytest.raises(FileNotFoundError, match=re.escape(f"(recipe own, input {texts})")):
+        read_manifest(out)
+    local = ["--recipe", "local", "--out", str(out)]
+    for flags in (local, command(other, out), command(other, out, "--stage", "read")):
+        assert pipeline.main(flags) == 2
+        error = capsys.readouterr().err
+        assert f'input is "{texts}" there, now ' in error and "add --update" in error and error.count("\n") == 1
+    _, manifest = curate(other, out, "--update")
+    assert manifest["funnel"]["own"]["read"]["documents"] == 40
 
 
 def test_running_again_does_nothing_in_under_two_seconds(texts, whole):
