@@ -641,9 +641,17 @@ def language_model_file(model_file: str | None) -> str:
 @cache
 def language_model(model_file: str | None) -> Any:
     """Loaded once in each process, on first use."""
+    return load_fasttext(language_model_file(model_file))
+
+
+def load_fasttext(path: str) -> Any:
+    """Raises ValueError for what is no whole model of fastText's."""
     from fasttext.FastText import _FastText
 
-    return _FastText(language_model_file(model_file))
+    try:
+        return _FastText(path)
+    except (ValueError, MemoryError):  # sizes are read from a file that may say anything
+        raise ValueError(f"{path} is damaged or not a model of fastText's; give a .bin or .ftz that it made") from None
 
 
 @lru_cache(maxsize=2)

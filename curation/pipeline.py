@@ -296,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         if {"filters", "dedup"} & set(settings.stock) and find_spec("spacy") is None:
             raise ValueError(f"--stock {flags.stock} needs spaCy: pip install -r requirements-dev.txt")
+        settings.open_files()
         out = flags.out or Path("data", flags.recipe)
         if flags.plan:
             print_plan(settings, flags.mirror, flags.workers)

@@ -26,6 +26,7 @@ import numpy as np
 
 from curation.decontaminate import read_rows
 from curation.dedup import mixed, text_digest
+from curation.filters import load_fasttext
 from curation.shards import new_file
 from curation.words import words_of
 
@@ -189,9 +190,7 @@ def load_model(path: str) -> Model:
     with open(path, "rb") as file:
         start = file.read(4)
     if start == FASTTEXT_MAGIC:
-        from fasttext.FastText import _FastText
-
-        return Model(about={}, fasttext=_FastText(path))
+        return Model(about={}, fasttext=load_fasttext(path))
     try:
         with np.load(path) as data:
             about = json.loads(data["about"].tobytes())

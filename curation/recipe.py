@@ -274,6 +274,20 @@ class Settings:
         if self.quality_model is not None and not JUDGED_KINDS & {source.kind for source in recipe.sources}:
             raise ValueError(f"--quality-model has no effect: recipe {self.recipe} has no web pages")
 
+    def open_files(self) -> None:
+        """Open the chosen index, models and tokenizer as a run will, so that a wrong one is refused before it starts.
+
+        Raises ValueError: on a worker it would seem the fault of each document that is judged by it.
+        """
+        for kind in RECIPES[self.recipe].rules:
+            for rule in self.rules_of(kind):
+                if isinstance(rule, Decontaminate | Language | Quality):
+                    rule.check("", {})
+        if self.tokenizer is not None:
+            from curation.tokenizer import load_tokenizer
+
+            load_tokenizer(Path(self.tokenizer).absolute())
+
     @classmethod
     def chosen(cls, recipe: str, **given: Any) -> "Settings":
         """Settings in which what is None, or not given, is as the recipe says."""

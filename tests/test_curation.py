@@ -21,6 +21,7 @@ from curation.extract import docstrings, help_topics, long_description, manual_p
 from curation.filters import CodeQuality, English, GopherQuality, GopherRepetition, Readable
 from curation.heldout import choose_heldout
 from curation.pipeline import main
+from curation.quality import FASTTEXT_MAGIC
 from curation.readers import read_whole
 from curation.recipe import RECIPES, Settings
 from curation.shards import main as shards_main
@@ -498,6 +499,29 @@ def test_wrong_flag_gets_one_line_and_exit_code_2(tmp_path, capsys, flags, messa
     assert main(["--out", str(tmp_path / "x"), *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flag", "data", "message"),
+    [
+        ("own", "--decontaminate", b"# Braid\n", "is not a decontamination index; "),
+        ("own", "--quality-model", b"# Braid\n", "is neither a model of curation.quality nor one of fastText"),
+        ("own", "--quality-model", FASTTEXT_MAGIC + b"cut", "is damaged or not a model of fastText's"),
+        ("eight", "--language-model", b"# Braid\n", "is damaged or not a model of fastText's"),
+        ("own", "--tokenizer", b"# Braid\n", "is damaged or not a sentencepiece model"),
+        ("own", "--tokenizer", b"{}", "is damaged or not a tokenizer.json"),
+    ],
+)
+def test_file_that_is_no_index_model_or_tokenizer_is_refused_before_anything_is_read(
+    tmp_path, capsys, recipe, flag, data, message
+):
+    (tmp_path / "wrong").write_bytes(data)
+    own = ["--input", str(tmp_path)] if recipe == "own" else []
+    flags = ["--recipe", recipe, *own, "--out", str(tmp_path / "x"), flag, str(tmp_path / "wrong")]
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'wrong'} {message}" in error and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
 
 
