@@ -243,7 +243,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--recipe", default="local", help=f"which sources and rules: {', '.join(RECIPES)} (default: local)")
     add("--out", type=Path, help="the data folder to make (default: data/<recipe>)")
     add("--tokens", help="scale the sources' token budgets to this sum, as 1B (default: as the recipe says)")
-    add("--input", help="with --recipe own: the folder of your text")
+    add(
+        "--input",
+        help="with --recipe own: the folder of your text: .txt, .md and .rst files, a document each; "
+        "and .parquet, .jsonl, .ndjson and .json (an object in each line), whose rows need a column `text`",
+    )
     add("--mirror", type=Path, help="a folder with copies of the Hub's data sets as <owner>/<name>/<file>")
     add("--limit-mb", type=float, help="read about so much text of each source at most")
     add("--tokenizer", help="a tokenizer.json or .model file (default: train one)")

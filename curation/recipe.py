@@ -203,7 +203,7 @@ RECIPES = {
         purpose="fine-tuning only: CC-BY-NC-4.0",
     ),
     "own": Recipe(
-        description="a folder of your own text: .txt, .md, JSON lines or parquet with a column `text`",
+        description="a folder of your own text: .txt, .md, .rst, and JSON lines or parquet with a column `text`",
         sources=(OWN,),
         rules={"own": LIGHT},
         vocab_size=32_768,

@@ -18,12 +18,13 @@ import fcntl
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,34 @@ class Run:
 
     @cached_property
     def duplicates(self) -> dict[str, Any]:
-        return read_json(task_folder(self.work, "duplicates", self.duplicates_task.key) / "summary.json")
+        """Raises ValueError where nothing is left for the stages that follow."""
+        summary: dict[str, Any] = read_json(
+            task_folder(self.work, "duplicates", self.duplicates_task.key) / "summary.json"
+        )
+        if not any(entry["train"]["documents"] for entry in summary["sources"].values()):
+            raise ValueError(self.why_nothing_is_left(summary["sources"]))
+        return summary
+
+    def why_nothing_is_left(self, fates: Mapping[str, Any]) -> str:
+        """What became of all documents, and what the rule that dropped most found in the first of them."""
+        read, dropped, examples = 0, Counter[str](), {}
+        for ledger in chain.from_iterable(self.ledgers().values()):
+            read += ledger["documents_in"]
+            for rule, entry in ledger["dropped"].items():
+                dropped[rule] += entry["documents"]
+                examples[rule] = entry["examples"][0]
+        most = dropped.most_common(3)
+        counts = [f"{read:,} documents read", *(f"{n:,} dropped as {rule}" for rule, n in most)]
+        if held := sum(entry["heldout"]["documents"] for entry in fates.values()):
+            counts.append(f"{held:,} held out")
+        if most:
+            example = examples[most[0][0]]
+            found = str(example.get("evidence", example["text"]))
+            counts[1] += f" (such as {example['id']}: {' '.join(found.split())[:100]})"
+        return (
+            f"no text is left to train on: {', '.join(counts)}; "
+            "mend the files (rows need a column `text`, JSON an object in each line) or add more"
+        )
 
     @cached_property
     def tokenizer_task(self) -> Task:

@@ -451,9 +451,7 @@ class TrainTokenizer(PipelineStep):
             training = fates == TRAIN
             total += int(prints["sizes"][training].sum())
             pieces.append((key, prints["digests"][:, 1], training))
-        if not total:
-            raise ValueError("no text is left to train on; read more of it, or loosen the recipe's rules")
-        limit = np.uint64(min(self.sample_bytes / total, 1) * (2**64 - 2**11))
+        limit = np.uint64(min(self.sample_bytes / max(total, 1), 1) * (2**64 - 2**11))
         sample: list[tuple[int, str]] = []
         for key, order, training in pieces:
             chosen = training & (order <= limit)

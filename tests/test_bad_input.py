@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import zlib
 
 import pyarrow as pa
@@ -136,6 +137,27 @@ def test_good_documents_beside_bad_ones_survive(made):
     assert manifest["funnel"]["own"]["kept"]["documents"] == good
     assert sum(manifest["splits"][split]["documents"] for split in manifest["splits"]) == good
     assert shards_main(["verify", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "found"),
+    [
+        (
+            "a.jsonl",
+            '{"question": "?", "answer": "!"}\n' * 5 + "{\n",
+            r"5 dropped as wrong_column \(such as own/a.jsonl@0: columns: question, answer\), 1 .* broken_json",
+        ),
+        ("a.json", '[\n  {"text": "one"},\n]\n', r"3 dropped as broken_json \(such as own/a.json@0: \["),
+    ],
+    ids=["other column", "array"],
+)
+def test_run_that_leaves_no_text_says_which_rules_took_it(tmp_path, capsys, name, data, found):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / name).write_text(data)
+    flags = ["--recipe", "own", "--input", str(tmp_path / "texts"), "--vocab-size", "512", "--workers", "1"]
+    assert main([*flags, "--out", str(tmp_path / "data")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"no text is left to train on: . documents read, {found}.*need a column `text`", error), error
 
 
 def test_ledger_adds_up_in_documents_and_bytes(made):
