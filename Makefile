@@ -56,7 +56,7 @@ venv_from_apt = [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "py
 
 demo: setup  ## the main job on this machine's own text: curate, train, score, sample, report
 	$(MAKE) --no-print-directory curate
-	$(MAKE) --no-print-directory train ARGS='--steps $(STEPS) --eval-every 200 --eval-tokens 60000 --save-every 400 --keep 2 --resume $(ARGS)'
+	$(MAKE) --no-print-directory train DATA=$(OUT) ARGS='--steps $(STEPS) --eval-every 200 --eval-tokens 60000 --save-every 400 --keep 2 --resume $(ARGS)'
 	CKPT="$$(ls -d $(RUN)/checkpoints/step_*[0-9] | tail -n 1)" && $(PY) -m eval.scoreboard "$$CKPT" --own-only && \
 	$(MAKE) --no-print-directory sample report CKPT="$$CKPT"
 

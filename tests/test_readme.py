@@ -84,6 +84,12 @@ def check_flags(command):
     assert config.ds_config is None or (ROOT / config.ds_config).is_file()
 
 
+def test_demo_trains_on_the_folder_that_it_curates(tmp_path):
+    command = ["make", "-n", "demo", "RECIPE=own", "INPUT=texts", f"OUT={tmp_path}/data", f"RUN={tmp_path}/run"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert f"--recipe own --out {tmp_path}/data " in shown and f"--data {tmp_path}/data " in shown
+
+
 def test_every_make_target_named_in_the_readme_exists_and_is_listed():
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE)):
