@@ -539,6 +539,8 @@ def inspect(
     """Print documents of a data folder as text: n of them from number `document` on, or the one of an id."""
     from curation.tokenizer import load_tokenizer  # which imports this file
 
+    if n < 1:
+        raise ValueError(f"--n {n} is not a number of documents; give 1 or more")
     manifest = read_manifest(folder)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")

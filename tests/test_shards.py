@@ -293,6 +293,9 @@ def test_inspect_shows_documents_as_text(data, capsys):
     assert capsys.readouterr().out == shown
     assert main(["inspect", str(data), "--id", "two/99"]) == 2
     assert "no document with the id 'two/99'" in capsys.readouterr().err
+    for n in ("0", "-1"):
+        assert main(["inspect", str(data), "--n", n]) == 2
+        assert capsys.readouterr() == ("", f"error: --n {n} is not a number of documents; give 1 or more\n")
 
 
 def test_missing_unfinished_and_foreign_folders_are_told_apart(tmp_path, folder, capsys):
