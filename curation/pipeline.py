@@ -171,6 +171,8 @@ def print_funnel(manifest: dict[str, Any]) -> None:
     )
     for message in manifest["messages"]:
         print(message)
+    if not heldout["documents"]:
+        print("no document is held out: a source needs two for that; give more text, or train with --eval-every 0")
     if manifest["mixture"] and not manifest["settings"]["decontaminate"]:
         print("not decontaminated: documents may hold items of evaluation suites; --decontaminate INDEX drops them")
 
@@ -300,6 +302,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         if {"filters", "dedup"} & set(settings.stock) and find_spec("spacy") is None:
             raise ValueError(f"--stock {flags.stock} needs spaCy: pip install -r requirements-dev.txt")
+        if flags.executor == "ray" and find_spec("ray") is None:
+            raise ValueError("--executor ray needs Ray: pip install ray (in requirements-dev.txt: the tested version)")
         settings.open_files()
         out = flags.out or Path("data", flags.recipe)
         if flags.plan:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from curation import pipeline
 from curation.dedup import band_keys, components, find_duplicates, text_digest
 from curation.extract import docstrings, help_topics, long_description, manual_page, without_docstrings
 from curation.filters import CodeQuality, English, GopherQuality, GopherRepetition, Readable
@@ -522,6 +523,14 @@ def test_file_that_is_no_index_model_or_tokenizer_is_refused_before_anything_is_
     assert main(flags) == 2
     error = capsys.readouterr().err
     assert f"{tmp_path / 'wrong'} {message}" in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_ray_that_is_not_installed_is_named_before_anything_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    assert main(["--out", str(tmp_path / "x"), "--executor", "ray"]) == 2
+    error = capsys.readouterr().err
+    assert "--executor ray needs Ray: pip install ray" in error and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
 
 

@@ -380,6 +380,16 @@ def test_publishing_cut_off_anywhere_can_be_repeated(texts, whole, tmp_path, mon
         assert curate(texts, out) == whole[0]
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_folder_with_nothing_held_out_says_so_and_what_to_do(tmp_path, capsys, n):
+    (tmp_path / "texts").mkdir()
+    for seed in range(n):
+        (tmp_path / f"texts/{seed}.txt").write_text(text_of(seed, 600))
+    curate(tmp_path / "texts", tmp_path / "data")
+    warning = "no document is held out: a source needs two for that; give more text, or train with --eval-every 0\n"
+    assert (warning in capsys.readouterr().out) == (n == 1)
+
+
 def test_documents_that_hold_an_evaluation_item_go_and_are_named(texts, tmp_path):
     """An item of the suite is a passage of one document; a part of it stands in another."""
     (tmp_path / "items").mkdir()
