@@ -286,7 +286,7 @@ class Settings:
         if self.tokenizer is not None:
             from curation.tokenizer import load_tokenizer
 
-            load_tokenizer(Path(self.tokenizer).absolute())
+            load_tokenizer(self.tokenizer)
 
     @classmethod
     def chosen(cls, recipe: str, **given: Any) -> "Settings":

@@ -157,7 +157,7 @@ def load_json(path: Path, sample: Sequence[str]) -> Tokenizer:
     separators = [read.added[name] for name in SEPARATORS if name in read.added]
     if not separators:
         raise ValueError(f"{path} has no token that can separate documents; one of {', '.join(SEPARATORS)} is needed")
-    problem = read.problem or difference_elsewhere(path, file_sha256(path), tuple(sample))
+    problem = read.problem or difference_elsewhere(path.absolute(), file_sha256(path), tuple(sample))
     if problem or read.encode is None:
         slower(path, "tokenizers", problem)
         encode, engine = library_encode(library_tokenizer(path)), "tokenizers"
@@ -169,7 +169,7 @@ def load_json(path: Path, sample: Sequence[str]) -> Tokenizer:
 @functools.cache
 def difference_elsewhere(path: Path, sha256: str, sample: tuple[str, ...]) -> str:
     """`difference` of a tokenizer.json from its library, found in another process: here both would fill the memory."""
-    command = [sys.executable, "-m", "curation.tokenizer", "check", str(path.absolute()), "--sample"]
+    command = [sys.executable, "-m", "curation.tokenizer", "check", str(path), "--sample"]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[1], input=json.dumps(sample), capture_output=True, text=True
     )
