@@ -171,7 +171,7 @@ def test_a_shipped_json_writes_the_hidden_defaults_out(file):
         ({"bf16": {"enabled": True}, "data_types": None}, "adds micro-batches up in bf16"),
         ({"zero_optimization__stage": 1, "bf16": {"enabled": True}}, "immediate_grad_update must be true in stage 1"),
         ({"bf16": {"enabled": True, "immediate_grad_update": True}}, "acts in no other; the stage is 2"),
-        ({"bf16": {"enabled": "perhaps"}}, "'bf16': enabled"),
+        ({"bf16": {"enabled": "perhaps"}}, 'bf16.enabled "perhaps": Input should be a valid boolean'),
         ({"bf16__bf16_optimizer_states": True}, "lose small updates"),
         ({"communication_data_type": "fp16"}, "overflows"),
         ({"gradient_allreduce_op": "sum"}, "makes the gradient grow with the number of processes"),
@@ -188,6 +188,39 @@ def test_removed_keys_and_wrong_combinations_are_refused_with_the_reason(tmp_pat
         read_ds_config(ds_json(tmp_path, **changes))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps_per_print": 0}, "steps_per_print 0: Input should be greater than or equal to 1"),
+        ({"steps_per_print": "often"}, 'steps_per_print "often": Input should be a valid integer'),
+        ({"communication_data_type": "fp64"}, "communication_data_type \"fp64\": Input should be 'fp32', 'bf16'"),
+        ({"data_types__grad_accum_dtype": "int8"}, "data_types.grad_accum_dtype \"int8\": Input should be 'fp32'"),
+        ({"prescale_gradients": "no"}, 'prescale_gradients "no" would be taken for false; write that'),
+        ({"zero_optimization__stage": "2"}, 'zero_optimization.stage "2" would be taken for 2; write that'),
+        ({"zero_optimization__stage": True}, "zero_optimization.stage true would be taken for 1; write that"),
+        ({"zero_optimization__reduce_bucket_size": "5000000"}, '"5000000" would be taken for 5000000; write that'),
+        ({"zero_optimization__reduce_bucket_size": "auto"}, 'reduce_bucket_size "auto" would be taken for 500000000'),
+        ({"zero_optimization__max_live_parameters": 5}, "did you mean 'stage3_max_live_parameters'?"),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(tmp_path, changes, words):
+    with pytest.raises(ValueError) as caught:
+        read_ds_config(ds_json(tmp_path, **changes))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_number_may_be_written_as_a_float(tmp_path):
+    read_ds_config(ds_json(tmp_path, zero_optimization__reduce_bucket_size=5e8, steps_per_print=1e9))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = ds_json(tmp_path)
+    path.write_text(path.read_text().replace('"stage": 2', '"stage": 2, "stage": 1'))
+    with pytest.raises(ValueError, match="the key 'stage' stands twice in one object"):
+        read_ds_config(path)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

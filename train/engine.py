@@ -10,45 +10,51 @@ import json
 import math
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Literal
 
 import deepspeed
 import torch
+from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, _REMOVED_ZERO_CONFIG_KEYS
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from model.hybrid import HybridLM
 from train.checkpoint import tell_optimizer, torch_optimizer
 from train.memory import bucket_size, zero_of
 from train.optim import make_optimizer
+from train.run_dir import flatten
 from train.traffic import save_traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The keys that may stand in a JSON, with their sub-keys; None where any value goes, or DeepSpeed's own schema checks.
-KNOWN_KEYS = {
-    "bf16": {
-        "enabled",
-        "check_grad_overflow",
-        "immediate_grad_update",
-        "bf16_master_weights_and_grads",
-        "bf16_optimizer_states",
-    },
-    "data_types": {"grad_accum_dtype"},
-    "communication_data_type": None,
-    "gradient_allreduce_op": None,
-    "gradient_predivide_factor": None,
-    "prescale_gradients": None,
-    "zero_allow_untested_optimizer": None,
-    "zero_force_ds_cpu_optimizer": None,
-    "zero_optimization": None,
-    "wall_clock_breakdown": None,
-    "memory_breakdown": None,
-    "steps_per_print": None,
-    "disable_python_gc": None,
-    "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
-}
+
+class DataTypes(DeepSpeedConfigModel):
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+
+
+class Settings(DeepSpeedConfigModel):
+    """The keys that may stand in a JSON, and what each may be; DeepSpeed itself checks some of its sections alone."""
+
+    bf16: DeepSpeedBF16Config = DeepSpeedBF16Config()
+    data_types: DataTypes = DataTypes()
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
+    gradient_predivide_factor: float = Field(1.0, gt=0, allow_inf_nan=False)
+    prescale_gradients: bool = False
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
+    zero_optimization: DeepSpeedZeroConfig
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    steps_per_print: int = Field(10, ge=1)
+    disable_python_gc: bool = False
+    comms_logger: CommsLoggerConfig = CommsLoggerConfig()
+
+
+SECTIONS = ("bf16", "data_types", "zero_optimization", "comms_logger")
 OWNED_KEYS = {
     "train_batch_size": "--batch-tokens",
     "train_micro_batch_size_per_gpu": "--micro-batch",
@@ -100,10 +106,22 @@ def default_ds_config(world_size):
     return ROOT / "ds_configs" / ("zero2.json" if world_size > 1 else "zero1.json")
 
 
-def _unknown(where, key, allowed):
-    close = difflib.get_close_matches(key, allowed, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"{where} has an unknown key {key!r}{meant} Allowed: {', '.join(sorted(allowed))}")
+def _refuse_unknown(where, given, schema):
+    allowed = {field.alias or name for name, field in schema.model_fields.items()} - REFUSED_ZERO_KEYS.keys()
+    for key in given:
+        if key not in allowed:
+            close = difflib.get_close_matches(key, allowed, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"{where} has an unknown key {key!r}{meant} Allowed: {', '.join(sorted(allowed))}")
+
+
+def _once(pairs):
+    """A JSON object's keys and values as a dict; json alone keeps the last value of a key that stands twice."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+    return dict(pairs)
 
 
 def read_ds_config(path):
@@ -115,12 +133,12 @@ def read_ds_config(path):
         known = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "ds_configs").glob("*.json")))
         raise FileNotFoundError(f"--ds-config {path} does not exist; there are {known}")
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(), object_pairs_hook=_once)
     except ValueError as error:
         raise ValueError(f"--ds-config {path} is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"--ds-config {path} holds a {type(settings).__name__}; it must be one JSON object")
-    for key, value in settings.items():
+    for key in settings:
         if key in _REMOVED_TOP_LEVEL_CONFIG_KEYS:
             reason = _REMOVED_TOP_LEVEL_CONFIG_KEYS[key].strip()
             raise ValueError(f"--ds-config {path} sets {key!r}, which DeepSpeed no longer has: {reason}")
@@ -128,19 +146,13 @@ def read_ds_config(path):
             raise ValueError(
                 f"--ds-config {path} sets {key!r}, which belongs to {OWNED_KEYS[key]}; take it out of the file"
             )
-        if key not in KNOWN_KEYS:
-            raise _unknown(f"--ds-config {path}", key, KNOWN_KEYS)
-        if KNOWN_KEYS[key] is not None:
-            if not isinstance(value, dict):
-                raise ValueError(
-                    f"--ds-config {path}: {key!r} must be an object with some of {sorted(KNOWN_KEYS[key])}"
-                )
-            for inner in value:
-                if inner not in KNOWN_KEYS[key]:
-                    raise _unknown(f"--ds-config {path}, {key!r},", inner, KNOWN_KEYS[key])
-    zero = settings.get("zero_optimization")
-    if not isinstance(zero, dict) or "stage" not in zero:
-        raise ValueError(f"--ds-config {path} has no zero_optimization.stage; allowed: 0, 1, 2 or 3")
+    _refuse_unknown(f"--ds-config {path}", settings, Settings)
+    sections = {name: settings.get(name, {}) for name in SECTIONS}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            keys = sorted(Settings.model_fields[name].annotation.model_fields)
+            raise ValueError(f"--ds-config {path}: {name!r} must be an object with some of {keys}")
+    zero = sections["zero_optimization"]
     for key in zero:
         if key in _REMOVED_ZERO_CONFIG_KEYS:
             raise ValueError(f"--ds-config {path}: {_REMOVED_ZERO_CONFIG_KEYS[key].strip()}")
@@ -148,14 +160,23 @@ def read_ds_config(path):
             raise ValueError(
                 f"--ds-config {path} sets zero_optimization.{key}, which is refused: {REFUSED_ZERO_KEYS[key]}"
             )
+    for name, section in sections.items():
+        _refuse_unknown(f"--ds-config {path}, {name!r},", section, Settings.model_fields[name].annotation)
+    if "stage" not in zero:
+        raise ValueError(f"--ds-config {path} has no zero_optimization.stage; allowed: 0, 1, 2 or 3")
     try:
-        stage = int(DeepSpeedZeroConfig(**zero).stage)
-        DeepSpeedBF16Config(**settings.get("bf16", {}))
+        taken = flatten(Settings(**settings).model_dump(mode="json", by_alias=True))
     except ValidationError as error:
-        first, section = error.errors()[0], "bf16" if "BF16" in error.title else "zero_optimization"
-        where = ".".join(str(part) for part in first["loc"]) or "together"
-        raise ValueError(f"--ds-config {path}, {section!r}: {where}: {first['msg']}") from None
-    for reason in wrong_combinations(settings, zero, stage):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        given = "" if isinstance(first["input"], dict) else f" {json.dumps(first['input'])}"
+        raise ValueError(f"--ds-config {path}: {where}{given}: {first['msg']}") from None
+    for name, given in flatten(settings).items():  # "2", true and "auto" would be taken for numbers
+        value = taken.get(name)
+        if given != value or isinstance(given, bool) != isinstance(value, bool):
+            given, value = json.dumps(given), json.dumps(value)
+            raise ValueError(f"--ds-config {path}: {name} {given} would be taken for {value}; write that")
+    for reason in wrong_combinations(settings, zero, zero["stage"]):
         raise ValueError(f"--ds-config {path}: {reason}")
     return settings
 
@@ -186,7 +207,7 @@ def wrong_combinations(settings, zero, stage):
         yield "bf16 master weights or optimizer states lose small updates, and checkpoints hold float32; take them out"
     if bf16.get("enabled") and settings.get("data_types", {}).get("grad_accum_dtype") != "fp32":
         yield "bf16 without data_types.grad_accum_dtype 'fp32' adds micro-batches up in bf16; set it to 'fp32'"
-    if settings.get("communication_data_type") in ("fp16", "float16", "half"):
+    if settings.get("communication_data_type") == "fp16":
         yield "communication_data_type fp16 overflows, as gradients are not scaled here; use fp32 (or bf16)"
     if settings.get("gradient_allreduce_op", "mean") != "mean":
         yield "gradient_allreduce_op other than 'mean' makes the gradient grow with the number of processes"
