@@ -10,7 +10,7 @@ from dataclasses import replace
 from launch.plan import SCALING_FILES, Request, memory_of, rank, scaling, zero_settings
 from launch.speed import Setup, measured, step_time
 from model.config import ModelConfig, get_preset
-from train.hardware import GPUS
+from train.hardware import get_gpu
 from train.memory import GIB
 
 MEMORY_WITHIN, TIME_WITHIN, PUBLISHED_WITHIN = 0.05, 0.10, 0.25
@@ -22,7 +22,7 @@ def setup_of(point):
     """The Setup of one of measurements.json's points."""
     model = replace(get_preset(point["size"], seq_len=point["seq_len"]), vocab_size=point["vocab_size"])
     return Setup(
-        model=model, gpu=GPUS[point["gpu"]], n_gpus=point["n_gpus"], micro_batch=point["micro_batch"],
+        model=model, gpu=get_gpu(point["gpu"]), n_gpus=point["n_gpus"], micro_batch=point["micro_batch"],
         grad_accum=point["grad_accum"], zero=zero_settings(point["zero_file"]), recompute=point["recompute"],
         optimizer=point["optimizer"], fp8=point["fp8"], document_tokens=point["document_tokens"],
     )  # fmt: skip
@@ -47,7 +47,7 @@ def predict_published(figure):
         size="6.7B", model=model, tokens=1e9, recompute=figure["recompute"], document_tokens=figure["seq_len"],
         batch_tokens=figure["n_gpus"] * TOKENS_A_GPU, others=True,
     )  # fmt: skip
-    fitting, _ = rank(request, GPUS[figure["gpu"]], figure["n_gpus"])
+    fitting, _ = rank(request, get_gpu(figure["gpu"]), figure["n_gpus"])
     return fitting[0].tokens_per_s / figure["n_gpus"] if fitting else None
 
 
@@ -89,7 +89,7 @@ def claim_rows():
     yield "| claim | planner | |"
     yield "|---|---|---|"
     for claim in measured()["claims"]:
-        model, gpu = get_preset(claim["size"]), GPUS[claim["gpu"]]
+        model, gpu = get_preset(claim["size"]), get_gpu(claim["gpu"])
         tokens = claim["tokens"] or 20 * model.n_parameters
         fitting, _ = rank(Request(size=claim["size"], model=model, tokens=tokens), gpu, claim["n_gpus"])
         best, high = fitting[0], claim["days"][1]
@@ -102,7 +102,7 @@ def claim_rows():
 
 def scaling_rows():
     """Rates a GPU from one node to 1,024 GPUs, of the two SCALED."""
-    pairs = [scaling(Request(size=s, model=get_preset(s), tokens=1e12), GPUS[g]) for s, g in SCALED]
+    pairs = [scaling(Request(size=s, model=get_preset(s), tokens=1e12), get_gpu(g)) for s, g in SCALED]
     pairs = [[row for row in rows if row["gpus"] >= 8] for rows in pairs]
     heads = " | ".join(f"{s}, {g}: {' | '.join(SCALING_FILES)} | efficiency" for s, g in SCALED)
     yield f"| GPUs | tokens a step | {heads} |"

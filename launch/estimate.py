@@ -30,7 +30,7 @@ from launch.plan import (
 )
 from model.config import get_preset
 from train.config import OPTIMIZERS
-from train.hardware import GPUS, get_gpu
+from train.hardware import get_gpu, load_gpus
 from train.memory import GIB, optimizer_bytes
 
 TOKENS_A_PARAMETER = 20  # compute-optimal for dense transformers (Chinchilla, arXiv:2203.15556)
@@ -76,7 +76,7 @@ def make_parser():
     parser.add_argument("--size", required=True, help="a name in model.config.PRESETS: nano, 1.3B, 6.7B ...")
     parser.add_argument("--layer-pattern", help="one letter a layer, M or A, such as AMAMAMAM (default: the size's)")
     parser.add_argument("--seq-len", type=count, help="tokens in a sequence (default: the size's)")
-    parser.add_argument("--gpu", help=f"{', '.join(GPUS)} (default: h100; with --budget or --days: any)")
+    parser.add_argument("--gpu", help=f"{', '.join(load_gpus())} (default: h100; with --budget or --days: any)")
     parser.add_argument("--gpus", type=count, help="how many (default: 8; with --budget or --days: any)")
     parser.add_argument("--tokens", type=number, help="to train on: 100B, 300M ... (default: 20 a parameter)")
     parser.add_argument("--budget", type=number, help="dollars at most: search the cheapest and the fastest set-up")
@@ -107,7 +107,7 @@ def make_request(flags):
             f"unknown provider {flags.provider!r}; launch/prices.json has {', '.join(map(repr, providers))}"
         )
     searching = flags.budget is not None or flags.days is not None
-    gpu = get_gpu(flags.gpu) if flags.gpu else None if searching else GPUS["h100"]
+    gpu = None if searching and not flags.gpu else get_gpu(flags.gpu or "h100")
     if gpu and (flags.provider or flags.spot) and price_of(gpu, spot=flags.spot, provider=flags.provider) is None:
         offers = "; ".join(f"{p['provider']} ({p['kind']})" for p in prices() if p["gpu"] == gpu.name)
         raise ValueError(
@@ -292,9 +292,9 @@ def print_counts(result):
 
 def print_set_up(r):
     print(
-        f"{r['gpus']} x {GPUS[r['gpu']].title}, {r['tokens'] / 1e9:,.4g}B tokens: {r['ds_config']}, {r['optimizer']}, "
-        f"recompute {r['recompute']}, micro-batch {r['micro_batch']} x {r['grad_accum']} accumulated = "
-        f"{r['batch_tokens']:,} tokens a step"
+        f"{r['gpus']} x {get_gpu(r['gpu']).title}, {r['tokens'] / 1e9:,.4g}B tokens: {r['ds_config']}, "
+        f"{r['optimizer']}, recompute {r['recompute']}, micro-batch {r['micro_batch']} x {r['grad_accum']} "
+        f"accumulated = {r['batch_tokens']:,} tokens a step"
     )
     verdict = "fits" if r["fits"] else f"does not fit: {r['memory_gib_needed'] - r['gpu_memory_gib']:.1f} GiB too few"
     print(
@@ -387,12 +387,12 @@ def draw(path, request, result):
 
 
 def main(argv=None):
-    flags = make_parser().parse_args(argv)
     try:
+        flags = make_parser().parse_args(argv)
         request = make_request(flags)
         result = estimate(request, flags.data, flags.all)
         if flags.scaling:
-            result["scaling"] = scaling(request, GPUS[result["gpu"]])
+            result["scaling"] = scaling(request, get_gpu(result["gpu"]))
         if flags.plot:
             draw(Path(flags.plot), request, result)
     except (ValueError, OSError) as error:

@@ -7,7 +7,7 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from launch.plan import price_of, rank, search
-from train.hardware import GPUS
+from train.hardware import get_gpu, load_gpus
 from train.memory import GIB
 
 COLORS = {
@@ -41,7 +41,7 @@ def cost_figure(request):
     """Dollars against days, a line a GPU, a point a number of GPUs."""
     title = f"{request.size}, {request.tokens / 1e9:,.4g}B tokens: cost against time, over numbers of GPUs"
     figure = go.Figure(layout=LAYOUT | {"title": title})
-    for gpu in GPUS.values():
+    for gpu in load_gpus().values():
         if not price_of(gpu, spot=request.spot, provider=request.provider):
             continue
         found = search(replace(request, gpu=gpu, n_gpus=None, budget=None, days=None, batch_tokens=None))
@@ -69,7 +69,7 @@ def write_page(path, request, result):
     """One HTML page that opens without a network. Raises ValueError for a name that is not .html."""
     if path.suffix != ".html":
         raise ValueError(f"--plot {path}: the pictures are a page; give a name that ends in .html")
-    figures = [memory_figure(request, GPUS[result["gpu"]], result["gpus"]), cost_figure(request)]
+    figures = [memory_figure(request, get_gpu(result["gpu"]), result["gpus"]), cost_figure(request)]
     pieces = [plotly.io.to_html(f, include_plotlyjs=False, full_html=False) for f in figures]
     path.write_text(
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{request.size}: estimate</title>"

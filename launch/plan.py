@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.speed import Setup, step_time
 from model.config import PRESETS, ModelConfig
 from train.config import SIZE_DEFAULTS
-from train.hardware import GPUS, Gpu
+from train.hardware import Gpu, load_gpus
 from train.memory import GIB, memory_needed, peak_memory, zero_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,10 +103,11 @@ def zero_settings(name):
 @cache
 def prices(path=PRICES):
     """[{"provider", "gpu", "kind", "dollars_per_gpu_hour", "date", "source"}]. Raises ValueError, in one line."""
+    gpus = load_gpus()
     try:
         found = json.loads(Path(path).read_text())["prices"]
         for price in found:
-            if not price["dollars_per_gpu_hour"] > 0 or price["gpu"] not in GPUS or price["kind"] not in KINDS:
+            if not price["dollars_per_gpu_hour"] > 0 or price["gpu"] not in gpus or price["kind"] not in KINDS:
                 raise ValueError(
                     f"{json.dumps(price)} needs a price above 0, a GPU of train/gpus.json and a kind of {KINDS}"
                 )
@@ -136,7 +137,7 @@ def batch_of(request, n_gpus):
 def choices(request, gpu, n_gpus):
     """Yield a Choice for every arrangement, kind of recomputation and micro-batch that the request leaves open."""
     if request.fp8 and "fp8" not in gpu.dense_tflops:
-        have = ", ".join(name for name, other in GPUS.items() if "fp8" in other.dense_tflops)
+        have = ", ".join(name for name, other in load_gpus().items() if "fp8" in other.dense_tflops)
         raise ValueError(f"--fp8: {gpu.title} has no 8-bit products; these have: {have}")
     price = price_of(gpu, spot=request.spot, provider=request.provider)
     batch = batch_of(request, n_gpus)
@@ -212,7 +213,7 @@ def search(request):
     counts = [request.n_gpus] if request.n_gpus else COUNTS
     most = LARGEST_BATCH * SIZE_DEFAULTS[request.size]["batch_tokens"]
     found = []
-    for gpu in [request.gpu] if request.gpu else GPUS.values():
+    for gpu in [request.gpu] if request.gpu else load_gpus().values():
         price = price_of(gpu, spot=request.spot, provider=request.provider)
         if not request.gpu and (price is None or price["kind"] == "own"):
             continue
@@ -296,7 +297,7 @@ def what_would_give(request, gpu, n_gpus):
                 break
     else:
         lines.append(f"more GPUs: not even on {COUNTS[-1]:,}, as they share all but what a micro-batch holds")
-    for other in sorted(GPUS.values(), key=lambda g: g.memory_gib):
+    for other in sorted(load_gpus().values(), key=lambda g: g.memory_gib):
         if other.memory_gib > gpu.memory_gib:
             if request.fp8 and "fp8" not in other.dense_tflops:
                 continue

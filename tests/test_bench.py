@@ -14,7 +14,7 @@ from model.config import PRESETS
 from train.bench import floors, make_random_data, tokens_of_a_step
 from train.bench_peers import main as peers
 from train.config import make_plan
-from train.hardware import GPUS
+from train.hardware import get_gpu
 from train.profiler import group_of, kernel_times, own_times
 from train.profiler import main as profiler
 
@@ -166,7 +166,7 @@ def test_what_is_no_trace_is_refused(tmp_path, capsys):
 
 
 def test_floor_of_the_products_is_their_flops_at_the_peak():
-    shape, gpu = PRESETS["1.3B-gated"], GPUS["h200"]
+    shape, gpu = PRESETS["1.3B-gated"], get_gpu("h200")
     found = floors(shape, 32_768, 1, gpu, {"products"})
     by_hand = 3 * 2 * 32_768 * (shape.n_parameters - shape.vocab_size * shape.d_model) / 989e9  # all but the embedding
     assert found["products"] == pytest.approx(by_hand, rel=0.01)

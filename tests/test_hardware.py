@@ -2,12 +2,14 @@
 
 import pytest
 
-from train.hardware import GPUS, get_gpu, gpu_of, load_gpus
+from launch import estimate
+from train import launch as train_launch
+from train.hardware import TABLE, get_gpu, gpu_of, load_gpus
 
 FIGURES = {"dense_tflops", "memory_gib", "bandwidth_gb_s", "link_gb_s", "pcie_gb_s", "network_gb_s", "watts"}
 
 
-@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+@pytest.mark.parametrize("gpu", load_gpus().values(), ids=load_gpus())
 def test_every_figure_is_positive_and_has_a_source(gpu):
     assert set(gpu.sources) == FIGURES
     for name in FIGURES - {"dense_tflops"}:
@@ -35,8 +37,8 @@ def test_device_that_is_not_in_the_table_is_not_taken_for_its_neighbour(device_n
 
 
 def test_dense_peak_is_not_the_sparse_one():
-    assert GPUS["h200"].dense_tflops["bf16"] == 989  # 1,979 is with sparsity
-    assert GPUS["a100-80"].dense_tflops["bf16"] == 312  # 624 is with sparsity
+    assert get_gpu("h200").dense_tflops["bf16"] == 989  # 1,979 is with sparsity
+    assert get_gpu("a100-80").dense_tflops["bf16"] == 312  # 624 is with sparsity
 
 
 def test_unknown_name_lists_the_known_ones():
@@ -44,8 +46,32 @@ def test_unknown_name_lists_the_known_ones():
         get_gpu("h300")
 
 
-def test_table_with_a_wrong_field_is_refused_by_its_path(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"memory_gib": 39.4,', '"memory_gib": 39.4', "of GPUs: Expecting ',' delimiter: line 7 column 5"),
+        ("bandwidth_gb_s", "bandwith_gb_s", ", at 'a100-40': missing or unknown: bandwidth_gb_s, bandwith_gb_s; its"),
+        ("39.4", '"39.4"', ", at 'a100-40': memory_gib '39.4' is not a number above 0"),
+        ('"gpus_per_node": 8', '"gpus_per_node": 8.5', "gpus_per_node 8.5 is not a whole number above 0"),
+        ('"watts": 400', '"watts": 0', "watts 0 is not a number above 0"),
+        ('"bf16": 312, ', "", "dense_tflops bf16 None is not a number above 0"),
+        ('["A100-SXM4-40GB"]', '"A100-SXM4-40GB"', "device_names 'A100-SXM4-40GB' is not a list"),
+        ('"a100-40": {', '"x": 3, "a100-40": {', ", at 'x': "),
+    ],
+)
+def test_table_that_is_edited_wrongly_is_refused_by_its_path(tmp_path, old, new, words):
     path = tmp_path / "gpus.json"
-    path.write_text('{"x": {"device_names": [], "memory": 3}}')
-    with pytest.raises(ValueError, match=r"gpus\.json is not a table of GPUs"):
+    path.write_text(TABLE.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError) as caught:
         load_gpus(path)
+    assert str(caught.value).startswith(f"{path} is not a table of GPUs") and words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("program", [estimate, train_launch])
+def test_programs_say_in_one_line_what_is_wrong_with_the_table(tmp_path, monkeypatch, capsys, program):
+    path = tmp_path / "gpus.json"
+    path.write_text("{]")
+    monkeypatch.setattr(program, "load_gpus", lambda: load_gpus(path))
+    assert program.main(["--size", "nano", "--data", "data/x"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path} is not a table of GPUs: ")

@@ -16,7 +16,7 @@ from launch.plan import Request, command, price_of, prices, rank, scaling, searc
 from launch.speed import MEASUREMENTS, Setup, collective_time, constants, measured, step_time
 from model.config import get_preset
 from train.config import TrainConfig, add_flags, make_config, make_plan
-from train.hardware import GPUS
+from train.hardware import get_gpu, load_gpus
 from train.memory import Zero
 
 README = (ROOT / "README.md").read_text()
@@ -78,9 +78,12 @@ def test_every_constant_says_what_it_is_and_where_from():
 
 def test_every_price_has_a_gpu_a_date_and_a_source():
     for price in prices():
-        assert price["gpu"] in GPUS and price["kind"] in ("spot", "on-demand", "own")
+        assert price["gpu"] in load_gpus() and price["kind"] in ("spot", "on-demand", "own")
         assert price["dollars_per_gpu_hour"] > 0 and price["date"] and price["source"]
-    assert price_of(GPUS["h100"], spot=True)["dollars_per_gpu_hour"] < price_of(GPUS["h100"])["dollars_per_gpu_hour"]
+    assert (
+        price_of(get_gpu("h100"), spot=True)["dollars_per_gpu_hour"]
+        < price_of(get_gpu("h100"))["dollars_per_gpu_hour"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,21 +180,21 @@ def test_twice_the_tokens_take_twice_as_long_and_cost_twice():
 
 def test_a_step_is_no_faster_than_its_products():
     model = get_preset("6.7B")
-    setup = Setup(model=model, gpu=GPUS["h100"], n_gpus=8, micro_batch=1, grad_accum=4)
+    setup = Setup(model=model, gpu=get_gpu("h100"), n_gpus=8, micro_batch=1, grad_accum=4)
     assert sum(step_time(setup).values()) > 4 * 8192 * model.flops_per_token / 989e12
     parts = step_time(replace(setup, recompute="layer"))
     assert parts["products"] == pytest.approx(step_time(setup)["products"] * 4 / 3)
 
 
 def test_collectives_slow_down_where_they_leave_the_node():
-    gpu = GPUS["a100-80"]
+    gpu = get_gpu("a100-80")
     inside, outside = (collective_time(gpu, n, 1e9, 1, constants(gpu)) for n in (8, 16))
     assert outside > inside > 1e9 / (gpu.link_gb_s * 1e9)
     assert collective_time(gpu, 1, 1e9, 1, constants(gpu)) == 0
 
 
 def test_stage_2_communicates_for_every_micro_batch_and_stage_1_once():
-    setup = Setup(model=get_preset("6.7B"), gpu=GPUS["h100"], n_gpus=64, micro_batch=1, grad_accum=8)
+    setup = Setup(model=get_preset("6.7B"), gpu=get_gpu("h100"), n_gpus=64, micro_batch=1, grad_accum=8)
     one, two = (step_time(replace(setup, zero=Zero(stage=s)))["communication"] for s in (1, 2))
     many = step_time(replace(setup, grad_accum=16))["communication"]
     assert many > 1.9 * two
@@ -199,7 +202,7 @@ def test_stage_2_communicates_for_every_micro_batch_and_stage_1_once():
 
 
 def test_scaling_reaches_1024_gpus_and_loses_on_the_way():
-    rows = scaling(request_of("--size", "6.7B", "--gpu", "h100", "--gpus", "8"), GPUS["h100"])
+    rows = scaling(request_of("--size", "6.7B", "--gpu", "h100", "--gpus", "8"), get_gpu("h100"))
     assert [row["gpus"] for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
     assert rows[0]["best"] is None  # 6.7B does not fit into one
     best = {row["gpus"]: row["tokens_per_s_per_gpu"][row["best"]] for row in rows[3:]}
@@ -236,8 +239,8 @@ def test_any_number_of_gpus_gets_a_plan_that_divides_its_batch(n_gpus):
 
 
 def test_electricity_of_an_own_machine_is_not_taken_for_a_price():
-    assert price_of(GPUS["rtx4090"])["provider"] == "RunPod"
-    assert price_of(GPUS["rtx4060"])["kind"] == "own"
+    assert price_of(get_gpu("rtx4090"))["provider"] == "RunPod"
+    assert price_of(get_gpu("rtx4060"))["kind"] == "own"
     found = search(Request(size="nano", model=get_preset("nano"), tokens=1e9, budget=1e6))
     assert "rtx4060" not in {c.setup.gpu.name for c in found}
 

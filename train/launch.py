@@ -18,6 +18,7 @@ if __spec__ is None:  # run by path: import from the repo root, not from this fo
 
 from train.config import TrainConfig, add_flags, make_config
 from train.exit_codes import BAD_INPUT, DONE, FAILED, leave
+from train.hardware import load_gpus
 
 
 def main(argv=None):
@@ -40,6 +41,7 @@ def main(argv=None):
         if preflight and asked:
             raise ValueError("--preflight starts tests, and --explain starts nothing; give one of them")
         config, origins = make_config(flags)
+        load_gpus()  # which a user may edit; what is wrong there would else end the run at its first line
     except ValueError as error:
         say(int(os.environ.get("RANK", 0)), f"error: {error}")
         return BAD_INPUT
