@@ -84,9 +84,13 @@ def test_batches_are_the_same_for_every_number_of_processes(recipe_file, data):
         ({"sources": {}}, 'has no "sources"'),
         ({"bufer": 3}, "unknown key 'bufer'; allowed: buffer, heldout, sources"),
         ({"buffer": 0}, '"buffer" 0 is not a number of documents'),
+        ({"heldout": 5}, '"heldout" 5 is not the name of a data folder'),
         ({"sources": {"a": {"weight": 1}}}, "source 'a': no \"path\""),
         ({"sources": {"a": {"weight": 0, "path": "json"}}}, "source 'a': \"weight\" 0 is not a number above 0"),
         ({"sources": {"a": {"weight": 1, "path": "json", "files": "x"}}}, "source 'a': unknown key 'files'"),
+        ({"sources": {"a": {"weight": 1, "path": 5}}}, "source 'a': \"path\" 5 is not a string"),
+        ({"sources": {"a": {"weight": 1, "path": "json", "data_files": 5}}}, '"data_files" 5 is not a string, a list'),
+        ({"sources": {"a": {"weight": 1, "path": "json", "data_files": {"train": [5]}}}}, "{'train': [5]} is not a"),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(recipe_file, change, words):
@@ -108,6 +112,7 @@ def test_a_source_without_its_text_column_is_refused(recipe_file, data):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ({"data": "stream:"}, "--data stream: names no recipe; write its file behind the colon"),
         ({"tokenizer": None}, "needs --tokenizer"),
         ({"steps": None}, "has no end; say how long the run is with --steps or --tokens"),
         ({"mixture": "a=1"}, "--mixture and --max-epochs are for data folders"),
@@ -120,13 +125,33 @@ def test_flags_that_a_stream_cannot_have_are_refused(recipe_file, data, flags, w
         open_recipe(config(**given))
 
 
-def test_a_missing_source_is_refused_in_one_line(recipe_file, data):
+@pytest.mark.parametrize(
+    ("path", "files", "words"),
+    [
+        ("parquet", "nowhere/*.parquet", ""),
+        ("json", "nowhere/*.jsonl", "its data_files match no file, or empty ones alone"),
+        ("json", __file__, "JSON parse error"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_refused_in_one_line(recipe_file, data, path, files, words):
     given = json.loads(recipe_file.read_text())
-    given["sources"]["digits"]["data_files"] = "nowhere/*.parquet"
+    given["sources"]["digits"] |= {"path": path, "data_files": files}
     recipe_file.write_text(json.dumps(given))
-    with pytest.raises(ValueError, match="source 'digits' of the recipe cannot be opened: ") as caught:
+    with pytest.raises(ValueError, match="source 'digits' of the recipe cannot be read: ") as caught:
         open_packed(recipe_file, data)
+    assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_source_out_of_reach_is_named(recipe_file, data, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'json' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(
+        OSError, match="source 'digits' of the recipe cannot be read: Couldn't reach 'json' on the Hub"
+    ):
+        open_packed(recipe_file, data)
 
 
 def test_a_resumed_run_has_the_losses_of_an_unbroken_one_bit_for_bit(recipe_file, data, tmp_path):

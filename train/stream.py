@@ -19,6 +19,7 @@ and a resumed run continues with the very next row. A process must tokenize as f
 
 import copy
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -65,8 +66,10 @@ def read_recipe(path):
     if unknown := sorted(given.keys() - KEYS):
         raise ValueError(f"recipe {path} has an unknown key {unknown[0]!r}; allowed: {', '.join(sorted(KEYS))}")
     buffer = given.get("buffer", 1000)
-    if not isinstance(buffer, int) or buffer < 1:
+    if type(buffer) is not int or buffer < 1:
         raise ValueError(f'recipe {path}: "buffer" {buffer!r} is not a number of documents, 1 or more')
+    if not isinstance(given.get("heldout"), str | None):
+        raise ValueError(f'recipe {path}: "heldout" {given["heldout"]!r} is not the name of a data folder')
     sources = dict(sorted(given["sources"].items()))
     for name, entry in sources.items():
         where = f"recipe {path}, source {name!r}"
@@ -78,6 +81,12 @@ def read_recipe(path):
         weight = entry.get("weight")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise ValueError(f'{where}: "weight" {weight!r} is not a number above 0')
+        for key in entry.keys() - {"weight"}:
+            if not _names(entry[key], several=key == "data_files"):
+                may_be = (
+                    "a string, a list of them, or an object of either by split" if key == "data_files" else "a string"
+                )
+                raise ValueError(f'{where}: "{key}" {entry[key]!r} is not {may_be}')
     total = sum(entry["weight"] for entry in sources.values())
     return Recipe(
         path=path,
@@ -89,8 +98,20 @@ def read_recipe(path):
     )
 
 
+def _names(value, several):
+    """Whether a value of a source names something; several: in a list, too, or in an object by split."""
+    if several and isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return bool(value) and all(_names(v, isinstance(value, dict)) for v in inner)
+    return isinstance(value, str) and bool(value)
+
+
 def open_recipe(config):
     """The recipe and the tokenizer that a run's flags name. Raises ValueError or FileNotFoundError in one line."""
+    if config.data == PREFIX:
+        raise ValueError(
+            f"--data {PREFIX} names no recipe; write its file behind the colon, as in {PREFIX}recipe.json"
+        )
     if config.tokenizer is None:
         raise ValueError(f"--data {config.data} needs --tokenizer, a tokenizer.model or the folder that holds it")
     if config.steps is None and config.tokens is None:
@@ -122,11 +143,8 @@ class Source:
         from datasets import load_dataset  # here, so that a run on a data folder does not wait for it
 
         arguments = {"split": "train"} | {key: self.entry[key] for key in LOAD_KEYS & self.entry.keys()}
-        try:
+        with self._named_in_errors():
             self.dataset = load_dataset(**arguments, streaming=True)
-        except (FileNotFoundError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"source {self.name!r} of the recipe cannot be opened: {reason}") from None
         if upstream is not None:
             self.dataset.load_state_dict(copy.deepcopy(upstream))
         self.rows = iter(self.dataset)
@@ -134,12 +152,27 @@ class Source:
     def _read_block(self):
         """The next texts in their shuffled order; `upstream` is the data set's own state before them."""
         for _ in range(2):  # the second time from the beginning of the data
-            texts = [self._text(row) for row in islice(self.rows, self.buffer)]
+            with self._named_in_errors():
+                rows = list(islice(self.rows, self.buffer))
+            texts = [self._text(row) for row in rows]
             if texts:
                 return [texts[i] for i in shuffled(np.arange(len(texts)), len(texts), self.key ^ self.block_number)]
             self.upstream = None
             self._open(None)
         raise ValueError(f"source {self.name!r} of the recipe has no documents")
+
+    @contextmanager
+    def _named_in_errors(self):
+        """Errors of datasets in one line with the source's name. OSError: a network may be back at the next start."""
+        where = f"source {self.name!r} of the recipe cannot be read"
+        try:
+            yield
+        except StopIteration:  # of datasets' own look at the first file
+            raise ValueError(f"{where}: its data_files match no file, or empty ones alone") from None
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+        except OSError as error:
+            raise OSError(f"{where}: {str(error).splitlines()[0]}") from None
 
     def _text(self, row):
         column = self.entry.get("text", "text")
