@@ -16,6 +16,8 @@ from safetensors import safe_open
 
 from train.checkpoint import load_checkpoint, newest_whole
 from train.exit_codes import INTERRUPTED, REQUEUE
+from train.launch import main
+from train.loop import Stopped
 from train.run_dir import RunDir, read_metrics
 
 FLAGS = ["--size", "tiny", "--steps", 12, "--save-every", 4, "--eval-every", 6, "--eval-tokens", 2000]
@@ -181,6 +183,21 @@ def test_run_that_is_asked_to_leave_saves_and_says_by_its_code_whether_to_start_
     step = load_checkpoint(RunDir(run).checkpoints()[-1]).step
     assert f"stopped at step {step} of 4000; go on with --resume" in stderr
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == step
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "stopped at step 5\n"), (1, "")])
+def test_of_a_stop_the_first_rank_speaks_and_the_others_leave_at_once(monkeypatch, capsys, rank, said):
+    def stopped(*args):
+        raise Stopped("stopped at step 5", REQUEUE)
+
+    def wait(seconds):
+        raise AssertionError(f"rank {rank} waits {seconds} s")
+
+    monkeypatch.setattr("train.loop.train", stopped)
+    monkeypatch.setattr("train.launch.time.sleep", wait)
+    monkeypatch.setenv("RANK", str(rank))
+    assert main(["--size", "tiny", "--data", "data/x"]) == REQUEUE
+    assert capsys.readouterr().err == said
 
 
 STRANGERS = """

@@ -60,7 +60,8 @@ def main(argv=None):
     try:
         train(config, origins, explain_for)
     except Stopped as stopped:
-        say(rank, str(stopped))
+        if rank == 0:  # all ranks have agreed on it, so none has to wait and see whether the first one speaks
+            say(rank, str(stopped))
         return stopped.code
     except (ValueError, FileNotFoundError, ImportError) as error:  # ImportError: kernels that are not installed
         say(rank, f"error: {error}")
