@@ -245,6 +245,13 @@ def test_a_folder_with_other_files_is_not_taken_for_a_run(tmp_path):
         check_new_or_resumed(RunDir(tmp_path), False, record())
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", "thesis.tex/run"])
+def test_a_file_is_not_taken_for_a_run(tmp_path, name):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"thesis\.tex is a file; give the name of a new or empty folder"):
+        check_new_or_resumed(RunDir(tmp_path / name), False, record())
+
+
 def test_metrics_after_the_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in range(1, 6)) + '{"step": 6, "lo')

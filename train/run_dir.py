@@ -128,7 +128,10 @@ def differences(before, now):
 
 
 def check_new_or_resumed(run_dir, resume, config):
-    """Raise ValueError when the folder holds a run already, or one that these flags would not continue."""
+    """Raise ValueError when the folder cannot be one, holds a run already, or one that these flags do not continue."""
+    there = next(path for path in (run_dir.path.absolute(), *run_dir.path.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--run {run_dir.path}: {there} is a file; give the name of a new or empty folder")
     if not run_dir.config.exists():
         if run_dir.path.is_dir() and any(run_dir.path.iterdir()) and not resume:
             raise ValueError(f"--run {run_dir.path} is a folder with other files in it; give a new or empty one")
