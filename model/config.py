@@ -324,10 +324,14 @@ def get_preset(size, *, layer_pattern=None, seq_len=None, rope_scaling=None):
             raise ValueError(f"seq_len {seq_len} is too small; allowed: 1 or more")
         changes["seq_len"] = seq_len
     if rope_scaling is not None:
+        if rope_scaling not in ROPE_SCALINGS[1:]:
+            raise ValueError(
+                f"--rope-scaling {rope_scaling!r} is unknown; choose one of {', '.join(ROPE_SCALINGS[1:])}"
+            )
         if seq_len is None or seq_len <= preset.seq_len:
             raise ValueError(
-                f"rope_scaling {rope_scaling!r} stretches the positions of {size}, trained on {preset.seq_len}: "
-                f"give a seq_len above that, not {seq_len}"
+                f"--rope-scaling {rope_scaling} stretches the positions of {size}, trained on {preset.seq_len}: "
+                f"give a --seq-len above that{'' if seq_len is None else f', not {seq_len}'}"
             )
         changes |= {"rope_scaling": rope_scaling, "rope_factor": seq_len / preset.seq_len}
         if rope_scaling == "yarn":

@@ -231,10 +231,12 @@ def test_a_pattern_or_a_context_given_replaces_the_sizes_own(capsys):
     assert json.loads(capsys.readouterr().out)["layer_pattern"] == "MA"
     with pytest.raises(ValueError, match="'MXM' is not a string of M"):
         get_preset("lab", layer_pattern="MXM")
-    with pytest.raises(ValueError, match="give a seq_len above that, not None"):
+    with pytest.raises(ValueError, match="^--rope-scaling ntk stretches .* give a --seq-len above that$"):
         get_preset("nano", rope_scaling="ntk")
-    with pytest.raises(ValueError, match="give a seq_len above that, not 256"):
+    with pytest.raises(ValueError, match="give a --seq-len above that, not 256"):
         get_preset("nano", seq_len=256, rope_scaling="yarn")
+    with pytest.raises(ValueError, match="--rope-scaling 'yarnn' is unknown; choose one of linear, ntk, yarn"):
+        get_preset("nano", rope_scaling="yarnn")
     with pytest.raises(ValueError, match="seq_len 0 is too small"):
         get_preset("nano", seq_len=0)
 
