@@ -5,15 +5,20 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from test_train import plan
+import torch
+from small_data import finish_folder
+from test_train import config, plan
 
 from curation.shards import open_stream
+from curation.tokenizer import load_tokenizer
 from train.bench_data import make_sparse_folder, start_up_alone
 from train.checkpoint import delete_old
 from train.data import n_sequences, read_rows, read_sequences, sequence_indices, training_batches
 from train.mixture import PARTS, check_epochs, mixture_starts, read_mixture, source_sequences
 from train.order import deal, dealt
 from train.run_dir import RunDir, heldout_losses, note_best, read_json
+from train.training_data import open_training_data
+from train.validate import heldout_loss
 
 WEIGHTS = {
     "two": [500_000, 500_000],
@@ -244,3 +249,39 @@ def test_a_best_beyond_the_step_that_a_run_goes_on_from_is_forgotten(tmp_path):
     run_dir.metrics.write_text("")
     assert note_best(run_dir, heldout_losses(run_dir)) is None
     assert not run_dir.best.exists()
+
+
+# ---- held-out text
+
+
+def held_out(data, folder, heldout):
+    """A data folder with the tokenizer of another and {source: held-out texts}."""
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes((data / "tokenizer.model").read_bytes())
+    tokenizer = load_tokenizer(folder)
+    return finish_folder(folder, tokenizer, {"train": {"one": ["text enough " * 1000]}, "heldout": heldout})
+
+
+@pytest.mark.parametrize("texts", [{}, {"one": []}, {"one": ["a b c"], "two": []}])
+def test_held_out_text_that_fills_no_sequence_is_refused_before_the_run(data, tmp_path, texts):
+    folder = str(held_out(data, tmp_path / "data", texts))
+    open_training_data(config(data=folder, eval_every=0), 0, 1, verify=False).check(plan())
+    opened = open_training_data(config(data=folder, eval_every=5), 0, 1, verify=False)
+    with pytest.raises(ValueError, match="no held-out source of .* fills a sequence of 64 tokens; set --eval-every 0"):
+        opened.check(plan())
+
+
+def test_a_source_with_nothing_held_out_is_left_out_of_the_loss(data, tmp_path, monkeypatch):
+    class Engine:
+        device = "cpu"
+        eval = train = staticmethod(lambda: None)
+
+        def __call__(self, tokens, targets, document_ids):
+            return torch.tensor(2.0)
+
+    folder = held_out(data, tmp_path / "data", {"one": [], "two": ["enough to fill a sequence " * 50]})
+    for name, value in (("get_rank", 0), ("get_world_size", 1), ("all_reduce", None)):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *args, value=value: value)
+    measured = heldout_loss(Engine(), folder, plan(), 0)
+    assert measured["heldout_loss"] == pytest.approx(2.0)
+    assert measured["heldout_bits_per_byte_by_source"].keys() == {"two"}

@@ -10,6 +10,7 @@ from curation.shards import file_names, manifest_sha256, open_stream, read_manif
 from train.data import training_batches
 from train.mixture import check_epochs, read_mixture
 from train.stream import ENDLESS, PREFIX, PackedStream, open_recipe
+from train.validate import check_heldout
 
 
 def open_training_data(config, rank, world_size, verify):
@@ -31,14 +32,17 @@ class FolderData:
     """The training split of a data folder: as one stream, or by --mixture."""
 
     def __init__(self, config, manifest):
-        self.seed, self.mixture = config.seed, read_mixture(config.mixture, config.max_epochs, manifest)
+        self.seed, self.eval_every = config.seed, config.eval_every
+        self.mixture = read_mixture(config.mixture, config.max_epochs, manifest)
         self.stream = open_stream(config.data, "train", self.mixture and self.mixture.sources)
         self.heldout, self.sha256 = config.data, manifest_sha256(config.data)
         self.tokenizer_file = Path(config.data) / manifest["tokenizer"]["file"]
         self.vocab_size, self.n_tokens = manifest["tokenizer"]["vocab_size"], self.stream.n_tokens
 
     def check(self, plan):
-        """Lines to say about the data; ValueError if the plan takes more of a source than its cap."""
+        """Lines to say about the data. Raises ValueError where it does not hold what the plan takes of it."""
+        if self.eval_every:
+            check_heldout(self.heldout, plan.model.seq_len)
         if not self.mixture:
             return []
         n_samples = plan.steps * plan.batch_sequences
@@ -57,13 +61,15 @@ class StreamedData:
     """Data sets read and packed while training, by the recipe of --data stream:..."""
 
     def __init__(self, config):
-        self.seed = config.seed
+        self.seed, self.eval_every = config.seed, config.eval_every
         self.recipe, self.tokenizer = open_recipe(config)
         self.heldout, self.sha256 = self.recipe.heldout, self.recipe.sha256
         self.tokenizer_file, self.vocab_size, self.n_tokens = self.tokenizer.path, self.tokenizer.vocab_size, ENDLESS
 
     def check(self, plan):
-        """No lines; raises what a source that cannot be read raises."""
+        """No lines; raises as FolderData does, and what a source that cannot be read raises."""
+        if self.eval_every:
+            check_heldout(self.heldout, plan.model.seq_len)
         self.packed = PackedStream(self.recipe, self.tokenizer, self.seed)
         return []
 

@@ -10,6 +10,12 @@ from curation.shards import open_stream, read_manifest
 from train.data import n_sequences, read_sequences
 
 
+def check_heldout(data, seq_len):
+    """ValueError for a data folder whose held-out text fills no sequence: before the run, not when it is measured."""
+    if all(entry["tokens"] <= seq_len for entry in read_manifest(data)["splits"]["heldout"]["sources"].values()):
+        raise ValueError(f"no held-out source of {data} fills a sequence of {seq_len} tokens; set --eval-every 0")
+
+
 @torch.no_grad()
 def heldout_loss(engine, data, plan, max_tokens, note=lambda: None):
     """Held-out loss over evenly spaced sequences of every source. All ranks call it, and do equally many passes.
@@ -25,10 +31,10 @@ def heldout_loss(engine, data, plan, max_tokens, note=lambda: None):
     nats, tokens, n_bytes = {}, {}, {}
     engine.eval()
     for source, entry in sources.items():
+        if entry["tokens"] <= seq_len:
+            continue  # less text than one sequence: eval/ scores it all the same
         stream = open_stream(data, "heldout", [source])
         n = n_sequences(stream, seq_len)
-        if n == 0:
-            continue  # less text than one sequence: eval/ scores it all the same
         wanted = n if not max_tokens else min(n, max(1, max_tokens * entry["tokens"] // all_tokens // seq_len))
         chosen = np.linspace(0, n - 1, wanted).astype(np.int64)
         per_pass = world_size * plan.micro_batch
@@ -47,8 +53,6 @@ def heldout_loss(engine, data, plan, max_tokens, note=lambda: None):
         nats[source], tokens[source] = total.item(), wanted * seq_len
         n_bytes[source] = tokens[source] * entry["text_bytes"] / entry["tokens"]
     engine.train()
-    if not tokens:
-        raise ValueError(f"no held-out source of {data} fills a sequence of {seq_len} tokens; set --eval-every 0")
     return {
         "heldout_loss": sum(nats.values()) / sum(tokens.values()),
         "heldout_bits_per_byte": sum(nats.values()) / sum(n_bytes.values()) / math.log(2),
