@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from curation.fasttext_model import load_fasttext
 from curation.words import LETTER, WORDLIKE, Words, WordSums, word_sums, words_of, words_of_list
 
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
@@ -642,16 +643,6 @@ def language_model_file(model_file: str | None) -> str:
 def language_model(model_file: str | None) -> Any:
     """Loaded once in each process, on first use."""
     return load_fasttext(language_model_file(model_file))
-
-
-def load_fasttext(path: str) -> Any:
-    """Raises ValueError for what is no whole model of fastText's."""
-    from fasttext.FastText import _FastText
-
-    try:
-        return _FastText(path)
-    except (ValueError, MemoryError):  # sizes are read from a file that may say anything
-        raise ValueError(f"{path} is damaged or not a model of fastText's; give a .bin or .ftz that it made") from None
 
 
 @lru_cache(maxsize=2)

@@ -26,7 +26,8 @@ import numpy as np
 
 from curation.decontaminate import read_rows
 from curation.dedup import mixed, text_digest
-from curation.filters import load_fasttext
+from curation.fasttext_model import MAGIC as FASTTEXT_MAGIC
+from curation.fasttext_model import load_fasttext
 from curation.shards import new_file
 from curation.words import words_of
 
@@ -40,7 +41,6 @@ BATCH = 64  # texts for each step of training
 RATE = 0.5  # AdaGrad's
 DECAY = 1e-4  # L2
 THRESHOLDS = tuple(i / 20 for i in range(1, 20))
-FASTTEXT_MAGIC = b"\xba\x16\x4f\x2f"
 
 Features = tuple[np.ndarray, np.ndarray]
 

