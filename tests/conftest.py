@@ -1,10 +1,13 @@
 """A small finished data folder, shared by the tests; no GPU unless asked for, no network, one thread a process."""
 
 import os
+import signal
 
 import pytest
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so the programs that they send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
